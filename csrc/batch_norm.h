@@ -1,0 +1,84 @@
+// What the batch norm kernels take: raw pointers of dense tensors that share one geometry.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "geometry.h"
+#include "lanes.h"
+
+namespace normally {
+
+struct Normalization {
+  Geometry geometry;
+  bool training;  // normalize with the batch's statistics
+  double eps;
+  int64_t correction;
+  int64_t act;  // a code of activation.h
+  double act_param;
+};
+
+template <typename T>
+struct ForwardCall : Normalization {
+  const T* x;
+  const T* residual;          // or null
+  const Compute<T>* weight;   // (channels), or null
+  const Compute<T>* bias;     // (channels), or null
+  T* y;
+  uint8_t* mask;  // one bit an element, rows padded to bytes; or null
+  double* mean;   // (channels): written in training, else read
+  double* var;    // (channels): likewise
+};
+
+template <typename T>
+struct BackwardCall : Normalization {
+  const T* dy;
+  const T* x;
+  const T* residual;         // or null
+  const uint8_t* mask;       // or null; then there is no residual
+  const Compute<T>* weight;  // (channels), or null
+  const Compute<T>* bias;    // (channels), or null
+  const double* mean;        // (channels)
+  const double* var;         // (channels)
+  T* dx;                     // or null
+  T* dresidual;              // or null
+  double* dweight;           // (channels), or null
+  double* dbias;             // (channels), or null
+};
+
+template <typename T>
+void batch_norm_forward(const ForwardCall<T>& call);
+template <typename T>
+void batch_norm_backward(const BackwardCall<T>& call);
+
+// y = act(((x - hi) - lo) * scale + offset): the mean in two parts, so that x - hi is exact near it.
+template <typename F>
+struct Affine {
+  F hi, lo, scale, offset;
+};
+
+inline double rstd_of(const Normalization& n, double var) {
+  const double m = static_cast<double>(n.geometry.per_channel());
+  if (n.training && n.correction) var *= m / (m - static_cast<double>(n.correction));
+  return 1 / std::sqrt(var + n.eps);
+}
+
+template <typename F>
+inline Affine<F> affine_of(double mean, double rstd, const F* weight, const F* bias, int64_t c) {
+  const F hi = static_cast<F>(mean);
+  return {
+      hi,
+      static_cast<F>(mean - static_cast<double>(hi)),
+      static_cast<F>(rstd * (weight ? static_cast<double>(weight[c]) : 1.0)),
+      bias ? bias[c] : F(0),
+  };
+}
+
+// float sums of squares overflow, or x - mean does, for channels of this magnitude.
+inline bool is_extreme(double mean, double var) { return std::abs(mean) > 1e32 || var > 1e64; }
+
+inline int64_t mask_row_bytes(const Geometry& g) {
+  return ((walks_rows(g) ? g.channels * g.inner : g.inner) + 7) / 8;
+}
+
+}  // namespace normally

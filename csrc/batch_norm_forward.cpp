@@ -1,0 +1,360 @@
+// Batch norm forward: statistics, then normalize + residual + activation while the slab is cached.
+#include <cmath>
+#include <vector>
+
+#include "activation.h"
+#include "batch_norm.h"
+#include "mask.h"
+#include "moments.h"
+#include "pages.h"
+#include "parallel.h"
+#include "row_moments.h"
+
+namespace normally {
+namespace {
+
+#if defined(__AVX512F__)
+inline constexpr int kTile = 4;  // vectors of columns whose four constants stay in registers
+#else
+inline constexpr int kTile = 2;
+#endif
+
+// What differs between activations; the walks below are compiled once a type.
+template <typename T>
+struct ForwardKernel {
+  using F = Compute<T>;
+  virtual void chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a) const = 0;
+  virtual void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                    const RowAffine<F>& a) const = 0;
+  virtual void extreme(int64_t c) const = 0;
+
+ protected:
+  ~ForwardKernel() = default;
+};
+
+template <typename T, typename Act, bool kResidual, bool kMask>
+struct Apply final : ForwardKernel<T> {
+  using F = Compute<T>;
+  static constexpr int64_t kWidth = kLanes<T>;
+  const ForwardCall<T>& call;
+  explicit Apply(const ForwardCall<T>& forward_call) : call(forward_call) {}
+  const F p = static_cast<F>(call.act_param);
+  const bool stream = worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)));
+
+  // One vector at element `i` of a row whose mask starts at `mask`; the first `count` lanes.
+  template <bool kStream, bool kWhole>
+  void vector(Vec<F> hi, Vec<F> lo, Vec<F> scale, Vec<F> offset, const T* x, const T* residual,
+              T* y, uint8_t* mask, int64_t i, int64_t count) const {
+    const int lanes = static_cast<int>(count);
+    Vec<F> z = ((kWhole ? load(x) : load_first(x, lanes)) - hi - lo) * scale + offset;
+    if constexpr (kResidual) z += kWhole ? load(residual) : load_first(residual, lanes);
+    if constexpr (kMask) write_bits<T>(mask, i, to_bits<F>(Act::template passes<F>(z)), count);
+    z = Act::template value<F>(z, p);
+    if constexpr (!kWhole) {
+      store_first(y, z, lanes);
+    } else if constexpr (kStream) {
+      store_streaming(y, z);
+    } else {
+      store(y, z);
+    }
+  }
+
+  template <bool kStream>
+  void row(int64_t at, uint8_t* mask, int64_t count, const Affine<F>& a) const {
+    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale), offset = splat(a.offset);
+    const T* x = call.x + at;
+    const T* residual = kResidual ? call.residual + at : nullptr;
+    T* y = call.y + at;
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + kWidth <= count; i += kWidth) {
+      vector<kStream, true>(hi, lo, scale, offset, x + i, residual + i, y + i, mask, i, kWidth);
+    }
+    if (i < count) {
+      vector<false, false>(hi, lo, scale, offset, x + i, residual + i, y + i, mask, i, count - i);
+    }
+  }
+
+  void chunk_row(int64_t row_index, int64_t begin, int64_t count,
+                 const Affine<F>& a) const override {
+    const int64_t at = row_index * call.geometry.inner + begin;
+    uint8_t* mask =
+        kMask ? call.mask + row_index * mask_row_bytes(call.geometry) + begin / 8 : nullptr;
+    if (stream && is_aligned(call.y + at)) {
+      row<true>(at, mask, count, a);
+    } else {
+      row<false>(at, mask, count, a);
+    }
+  }
+
+  // `kVectors` columns' worth of vectors down rows, from the last row to the first.
+  template <int kVectors, bool kStream, bool kWhole>
+  void columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int64_t count,
+               const RowAffine<F>& a) const {
+    Vec<F> hi[kVectors], lo[kVectors], scale[kVectors], offset[kVectors];
+    for (int k = 0; k < kVectors; ++k) {
+      hi[k] = load(a.hi.data() + column + k * kWidth);
+      lo[k] = load(a.lo.data() + column + k * kWidth);
+      scale[k] = load(a.scale.data() + column + k * kWidth);
+      offset[k] = load(a.offset.data() + column + k * kWidth);
+    }
+    const int64_t mask_row = (width + 7) / 8;
+    for (int64_t row = row_end - 1; row >= row_begin; --row) {
+      const int64_t at = row * width + column;
+      uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t next = at + k * kWidth;
+        vector<kStream, kWhole>(hi[k], lo[k], scale[k], offset[k], call.x + next,
+                                kResidual ? call.residual + next : nullptr, call.y + next, mask,
+                                column + k * kWidth, kWhole ? kWidth : count);
+      }
+    }
+  }
+
+  // Rows [row_begin, row_end), columns [begin, end), in tiles that stay in the cache.
+  void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+            const RowAffine<F>& a) const override {
+    const bool aligned = is_aligned(call.y) && width % kWidth == 0;
+    for (int64_t tile_end = row_end; tile_end > row_begin; tile_end -= kRowTile) {
+      const int64_t tile = std::max(tile_end - kRowTile, row_begin);
+      int64_t column = begin;
+      for (; column + kTile * kWidth <= end; column += kTile * kWidth) {
+        if (stream && aligned) {
+          columns<kTile, true, true>(width, tile, tile_end, column, 0, a);
+        } else {
+          columns<kTile, false, true>(width, tile, tile_end, column, 0, a);
+        }
+      }
+      for (; column + kWidth <= end; column += kWidth) {
+        columns<1, false, true>(width, tile, tile_end, column, 0, a);
+      }
+      if (column < end) columns<1, false, false>(width, tile, tile_end, column, end - column, a);
+    }
+  }
+
+  // A channel whose values or squares leave the range of float: one by one, in double.
+  void extreme(int64_t c) const override {
+    const Geometry& g = call.geometry;
+    const double mean = call.mean[c], rstd = rstd_of(call, call.var[c]);
+    const double scale = rstd * (call.weight ? static_cast<double>(call.weight[c]) : 1.0);
+    const double offset = call.bias ? static_cast<double>(call.bias[c]) : 0.0;
+    for (int64_t o = 0; o < g.outer; ++o) {
+      for (int64_t i = 0; i < g.inner; ++i) {
+        const int64_t at = (o * g.channels + c) * g.inner + i;
+        double z = (static_cast<double>(call.x[at]) - mean) * scale + offset;
+        if constexpr (kResidual) z += static_cast<double>(call.residual[at]);
+        if constexpr (kMask) {
+          const bool rows = walks_rows(g);
+          const int64_t bit = rows ? c * g.inner + i : i;
+          uint8_t* row = call.mask + (rows ? o : o * g.channels + c) * mask_row_bytes(g);
+          const bool passes = to_bits<double>(Act::template passes<double>(splat(z))) & 1;
+          row[bit / 8] = static_cast<uint8_t>((row[bit / 8] & ~(1u << bit % 8)) |
+                                              (static_cast<unsigned>(passes) << bit % 8));
+        }
+        call.y[at] = static_cast<T>(static_cast<F>(
+            Act::template value<double>(splat(z), static_cast<double>(call.act_param))[0]));
+      }
+    }
+  }
+};
+
+// Mean and variance of a channel in double, value by value: where float sums overflowed.
+template <typename T>
+Moments slow_moments(const ForwardCall<T>& call, int64_t c) {
+  const Geometry& g = call.geometry;
+  Moments result;
+  result.count = static_cast<double>(g.per_channel());
+  for (int pass = 0; pass < 2; ++pass) {
+    double total = 0;
+    for (int64_t o = 0; o < g.outer; ++o) {
+      const T* x = call.x + (o * g.channels + c) * g.inner;
+      for (int64_t i = 0; i < g.inner; ++i) {
+        const double d = static_cast<double>(x[i]) - result.mean;
+        total += pass == 0 ? d : d * d;
+      }
+    }
+    (pass == 0 ? result.mean : result.m2) = pass == 0 ? total / result.count : total;
+  }
+  return result;
+}
+
+template <typename T>
+void keep(const ForwardCall<T>& call, int64_t c, Moments moments) {
+  if (!std::isfinite(moments.mean) || !std::isfinite(moments.m2)) moments = slow_moments(call, c);
+  call.mean[c] = moments.mean;
+  call.var[c] = moments.m2 / moments.count;
+}
+
+// Channels [begin, end), one segment of their chunks.
+template <typename T>
+void segment_moments(const ForwardCall<T>& call, const ChannelWalk& walk, int64_t segment,
+                     int64_t begin, int64_t end, Moments* moments) {
+  const Geometry& g = call.geometry;
+  ShiftedSums<Compute<T>> sums[16];
+  const int64_t first = walk.segment_begin(segment), last = walk.segment_begin(segment + 1);
+  for (int64_t index = first; index < last; ++index) {
+    const Chunk chunk(walk, g, index);
+    for (int64_t c = begin; c < end; ++c) {
+      const T* x = call.x + (chunk.row * g.channels + c) * g.inner + chunk.begin;
+      sums[c - begin].reset(index == first
+                                ? first_shift(x, chunk.count)
+                                : static_cast<Compute<T>>(moments[c - begin].mean));
+    }
+    for (int64_t row = chunk.row; row < chunk.row_end; ++row) {
+      const T* x = call.x + (row * g.channels + begin) * g.inner + chunk.begin;
+      for (int64_t c = begin; c < end; ++c, x += g.inner) sums[c - begin].add(x, chunk.count);
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      moments[c - begin].merge(sums[c - begin].moments(chunk.values()));
+    }
+  }
+}
+
+template <typename T>
+void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
+  using F = Compute<T>;
+  const Geometry& g = call.geometry;
+  const ChannelWalk walk(g);
+  const int64_t threads = thread_count();
+  const bool serial = g.numel() < kSerialElements || threads == 1;
+  const int64_t block = channel_block(g, sizeof(T), threads);
+  const int64_t blocks = ceil_div(g.channels, block);
+  std::vector<Moments> moments(call.training ? g.channels * walk.segments : 0);
+
+  const auto statistics = [&](int64_t b, int64_t segment) {
+    const int64_t begin = b * block, end = std::min(begin + block, g.channels);
+    segment_moments(call, walk, segment, begin, end, &moments[segment * g.channels + begin]);
+  };
+  const auto merge = [&](int64_t c) {
+    Moments total;
+    for (int64_t s = 0; s < walk.segments; ++s) total.merge(moments[s * g.channels + c]);
+    keep(call, c, total);
+  };
+  const auto apply = [&](int64_t b, int64_t segment) {
+    const int64_t begin = b * block, end = std::min(begin + block, g.channels);
+    Affine<F> affine[16];
+    bool extreme[16];
+    for (int64_t c = begin; c < end; ++c) {
+      extreme[c - begin] = is_extreme(call.mean[c], call.var[c]);
+      if (extreme[c - begin] && segment == 0) kernel.extreme(c);
+      affine[c - begin] =
+          affine_of(call.mean[c], rstd_of(call, call.var[c]), call.weight, call.bias, c);
+    }
+    // Backwards: what the statistics read last is still in the cache.
+    for (int64_t index = walk.segment_begin(segment + 1) - 1;
+         index >= walk.segment_begin(segment); --index) {
+      const Chunk chunk(walk, g, index);
+      for (int64_t row = chunk.row_end - 1; row >= chunk.row; --row) {
+        for (int64_t c = begin; c < end; ++c) {
+          if (extreme[c - begin]) continue;
+          kernel.chunk_row(row * g.channels + c, chunk.begin, chunk.count, affine[c - begin]);
+        }
+      }
+    }
+  };
+
+  if (serial || blocks >= 3 * threads || blocks % threads == 0) {
+    parallel(blocks, serial, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        if (call.training) {
+          for (int64_t s = 0; s < walk.segments; ++s) statistics(b, s);
+          for (int64_t c = b * block; c < std::min((b + 1) * block, g.channels); ++c) merge(c);
+        }
+        for (int64_t s = walk.segments - 1; s >= 0; --s) apply(b, s);
+      }
+      finish_streaming();
+    });
+    return;
+  }
+  const int64_t tasks = blocks * walk.segments;
+  if (call.training) {
+    parallel(tasks, false, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) statistics(t / walk.segments, t % walk.segments);
+    });
+    for (int64_t c = 0; c < g.channels; ++c) merge(c);
+  }
+  parallel(tasks, false, [&](int64_t begin, int64_t end) {
+    for (int64_t t = end - 1; t >= begin; --t) apply(t / walk.segments, t % walk.segments);
+    finish_streaming();
+  });
+}
+
+template <typename T>
+void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
+  using F = Compute<T>;
+  const Geometry& g = call.geometry;
+  const RowWalk walk(g, kLanes<T>, sizeof(T), call.mask != nullptr);
+  const bool serial = g.numel() < kSerialElements;
+  RowAffine<F> affine(walk.width);
+  RowMoments moments(call.training ? walk.segments : 0, walk.width);
+
+  // Statistics of the channels that own columns [begin, end), then their constants.
+  const auto prepare = [&](int64_t begin, int64_t end) {
+    for_channels_of(walk, g, begin, end, [&](int64_t c, const auto& columns) {
+      if (call.training) keep(call, c, moments.merged(walk, columns));
+      affine.set(columns, affine_of(call.mean[c], rstd_of(call, call.var[c]), call.weight,
+                                    call.bias, c));
+    });
+  };
+
+  if (walk.groups() > 1) {
+    parallel(walk.groups(), serial, [&](int64_t first, int64_t last) {
+      RowScratch<F> scratch(walk.group);
+      for (int64_t group = first; group < last; ++group) {
+        const int64_t begin = group * walk.group, end = std::min(begin + walk.group, walk.width);
+        if (call.training) moments.take(call.x, walk, 0, begin, end, scratch);
+        prepare(begin, end);
+        kernel.rows(walk.width, 0, walk.rows, begin, end, affine);
+      }
+      finish_streaming();
+    });
+  } else {
+    if (call.training) {
+      parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
+        RowScratch<F> scratch(walk.width);
+        for (int64_t s = first; s < last; ++s) moments.take(call.x, walk, s, 0, walk.width, scratch);
+      });
+    }
+    prepare(0, walk.width);
+    // The same rows in the same thread, from the last to the first.
+    parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
+      for (int64_t s = last - 1; s >= first; --s) {
+        kernel.rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), 0, walk.width,
+                    affine);
+      }
+      finish_streaming();
+    });
+  }
+  for (int64_t c = 0; c < g.channels; ++c) {
+    if (is_extreme(call.mean[c], call.var[c])) kernel.extreme(c);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void batch_norm_forward(const ForwardCall<T>& call) {
+  const auto run = [&](const ForwardKernel<T>& kernel) {
+    if (walks_rows(call.geometry)) {
+      forward_rows(call, kernel);
+    } else {
+      forward_planes(call, kernel);
+    }
+  };
+  with_activation(call.act, [&](auto act) {
+    using Act = decltype(act);
+    if constexpr (kPiecewiseConstant<Act>) {
+      if (call.mask) return run(Apply<T, Act, true, true>(call));
+    }
+    if (call.residual) return run(Apply<T, Act, true, false>(call));
+    run(Apply<T, Act, false, false>(call));
+  });
+}
+
+template void batch_norm_forward(const ForwardCall<double>&);
+template void batch_norm_forward(const ForwardCall<float>&);
+template void batch_norm_forward(const ForwardCall<BFloat16>&);
+template void batch_norm_forward(const ForwardCall<Half>&);
+
+}  // namespace normally

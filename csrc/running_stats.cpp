@@ -1,0 +1,85 @@
+// The running statistics' update: in place, per channel, refused where a batch is not finite.
+#include <cmath>
+
+#include "tensors.h"
+
+namespace normally {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// One buffer that moves towards a batch statistic, in the buffer's own dtype.
+struct Running {
+  void* data = nullptr;
+  int64_t stride = 1;
+  ScalarType dtype = ScalarType::Float;
+
+  explicit Running(const OptionalTensor& t) {
+    if (!t) return;
+    data = t->mutable_data_ptr();
+    stride = t->stride(0);
+    dtype = t->scalar_type();
+  }
+
+  bool holds(double value) const {
+    bool finite = true;
+    if (data) {
+      with_type(dtype, [&](auto type) {
+        finite = std::isfinite(static_cast<double>(static_cast<decltype(type)>(value)));
+      });
+    }
+    return finite;
+  }
+
+  void move(int64_t c, double value, double factor) const {
+    if (!data) return;
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      T& running = static_cast<T*>(data)[c * stride];
+      running = static_cast<T>(static_cast<double>(running) * (1 - factor) + value * factor);
+    });
+  }
+};
+
+void update(OptionalTensor running_mean, OptionalTensor running_var,
+            OptionalTensor num_batches_tracked, OptionalTensor skipped_updates,
+            const Tensor& stats, int64_t count, std::optional<double> momentum, bool unbiased) {
+  if (count == 0) return;
+  const int64_t channels = stats.size(1);
+  for (const OptionalTensor* t : {&running_mean, &running_var, &skipped_updates}) {
+    STD_TORCH_CHECK(!*t || ((*t)->dim() == 1 && (*t)->size(0) == channels),
+                    "normally::update_running_stats_: buffers must have one element a channel");
+  }
+  const Running mean(running_mean), var(running_var);
+  const double* means = static_cast<const double*>(stats.const_data_ptr());
+  const double* vars = means + channels;
+  const double m = static_cast<double>(count);
+  const double to_unbiased = unbiased ? m / (m - 1) : 1;
+
+  int64_t batches = 1;
+  if (num_batches_tracked) {
+    batches = ++*static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr());
+  }
+  int64_t* skipped =
+      skipped_updates ? static_cast<int64_t*>(skipped_updates->mutable_data_ptr()) : nullptr;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double batch_var = vars[c] * to_unbiased;
+    if (!mean.holds(means[c]) || !var.holds(batch_var)) {
+      if (skipped) ++skipped[c];
+      continue;
+    }
+    // The cumulative average counts the batches that entered this channel.
+    const double entered =
+        static_cast<double>(std::max<int64_t>(1, batches - (skipped ? skipped[c] : 0)));
+    const double factor = momentum ? *momentum : 1 / entered;
+    mean.move(c, means[c], factor);
+    var.move(c, batch_var, factor);
+  }
+}
+
+}  // namespace
+}  // namespace normally
+
+STABLE_TORCH_LIBRARY_IMPL(normally, CPU, m) {
+  m.impl("update_running_stats_", TORCH_BOX(&normally::update));
+}

@@ -1,0 +1,111 @@
+// What the operators need of tensors, on the stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "geometry.h"
+#include "pages.h"
+
+namespace normally {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Whether the elements fill memory without gaps or overlaps, in any order of the dimensions.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return true;
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && x[d] != y[d]) return false;
+  }
+  return true;
+}
+
+// `t` itself where its elements lie as those of `like`, else a copy that does.
+inline Tensor laid_out_as(const Tensor& t, const Tensor& like) {
+  if (same_strides(t, like)) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// (outer, channels, inner) of a dense tensor with the channel at dimension 1.
+inline Geometry geometry_of(const Tensor& t) {
+  const int64_t channels = t.size(1);
+  const int64_t inner = channels > 1 ? t.stride(1) : t.numel();
+  const int64_t plane = channels * inner;
+  return {plane ? t.numel() / plane : 0, channels, inner};
+}
+
+inline Tensor fresh_like(const Tensor& t) {
+  Tensor result = torch::stable::empty_like(t);
+  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  return result;
+}
+
+inline Tensor nothing_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+
+// Call `function` with a value of the element type of `dtype`.
+template <typename Function>
+inline void with_type(ScalarType dtype, Function&& function) {
+  switch (dtype) {
+    case ScalarType::Double: return function(double{});
+    case ScalarType::Float: return function(float{});
+    case ScalarType::BFloat16: return function(BFloat16{});
+    case ScalarType::Half: return function(Half{});
+    default:
+      STD_TORCH_CHECK(false, "normally: expected float64, float32, bfloat16 or float16, got ",
+                      dtype);
+  }
+}
+
+// A per-channel tensor of any floating dtype as a vector of F.
+template <typename F>
+inline std::vector<F> values_of(const Tensor& t) {
+  std::vector<F> result(t.numel());
+  const int64_t stride = t.dim() ? t.stride(0) : 1;
+  with_type(t.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const T* p = static_cast<const T*>(t.const_data_ptr());
+    for (size_t i = 0; i < result.size(); ++i) {
+      result[i] = static_cast<F>(p[static_cast<int64_t>(i) * stride]);
+    }
+  });
+  return result;
+}
+
+template <typename F>
+inline void write_values(const std::vector<F>& values, Tensor& t) {
+  const int64_t stride = t.dim() ? t.stride(0) : 1;
+  with_type(t.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    T* p = static_cast<T*>(t.mutable_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) {
+      p[static_cast<int64_t>(i) * stride] = static_cast<T>(values[i]);
+    }
+  });
+}
+
+}  // namespace normally

@@ -1,0 +1,12 @@
+"""The operators: schema, shape function, autograd, and the choice of a backend, one file each.
+
+Importing this package defines every `torch.ops.normally` operator and then loads the compiled
+kernels, which register themselves against those definitions.
+"""
+
+from .. import _native
+from . import batch_norm, running_stats
+
+_native.load()
+
+__all__ = ["batch_norm", "running_stats"]

@@ -1,0 +1,71 @@
+"""`normally::update_running_stats_`: the only operator that writes to a buffer.
+
+It is apart from the normalization, in place and never differentiated, so that CUDA graphs,
+functionalization and `torch.func` see one plain mutation. The count of batches, the cumulative
+average's factor and the check for finite statistics all stay on the device: no synchronization.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import define
+
+
+def _update_fallback(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    skipped_updates: Tensor | None,
+    stats: Tensor,
+    count: int,
+    momentum: float | None,
+    unbiased: bool,
+) -> None:
+    if count == 0:
+        return
+    mean, var = stats.unbind()
+    if unbiased:
+        var = reference.unbiased(var, count) if count > 1 else var / 0.0
+    pairs = [(r, b) for r, b in ((running_mean, mean), (running_var, var)) if r is not None]
+    sound = torch.ones_like(mean, dtype=torch.bool)
+    for running, batch in pairs:
+        sound &= batch.to(running.dtype).isfinite()
+    if num_batches_tracked is not None:
+        num_batches_tracked += 1
+    if skipped_updates is not None:
+        skipped_updates += ~sound
+    factor: float | Tensor
+    if momentum is None:
+        assert num_batches_tracked is not None  # functional.batch_norm refuses this  # noqa: S101
+        entered = num_batches_tracked - (0 if skipped_updates is None else skipped_updates)
+        factor = 1.0 / entered.clamp(min=1).to(mean.dtype)
+    else:
+        factor = momentum
+    for running, batch in pairs:
+        new = running.to(batch.dtype) * (1 - factor) + batch * factor
+        running.copy_(torch.where(sound, new, running))
+
+
+def _update_fake(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    skipped_updates: Tensor | None,
+    stats: Tensor,
+    count: int,
+    momentum: float | None,
+    unbiased: bool,
+) -> None:
+    return None
+
+
+update = define(
+    "update_running_stats_(Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_updates, Tensor stats, SymInt count, "
+    "float? momentum, bool unbiased) -> ()",
+    fallback=_update_fallback,
+    fake=_update_fake,
+)

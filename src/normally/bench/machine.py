@@ -1,0 +1,107 @@
+"""What the numbers were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import _native
+
+_CPU = Path("/sys/devices/system/cpu")
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+#: Where the system does not say: a desktop's last-level cache.
+ASSUMED_CACHE = 32 << 20
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A kind of cache: one instance's size, and all instances' together."""
+
+    name: str
+    bytes: int
+    total_bytes: int
+
+
+def caches(cpu: Path = _CPU) -> list[Cache]:
+    """The data and unified caches, innermost first; empty where the system does not tell."""
+    instances: dict[int, dict[str, int]] = {}
+    for index in cpu.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level = int(_read(index / "level"))
+            if _read(index / "type") != "Instruction":
+                sharers = _read(index / "shared_cpu_list")
+                instances.setdefault(level, {})[sharers] = _to_bytes(_read(index / "size"))
+        except (OSError, ValueError):
+            continue
+    return [
+        Cache(f"L{level}", max(sizes.values()), sum(sizes.values()))
+        for level, sizes in sorted(instances.items())
+    ]
+
+
+def last_level_cache() -> Cache:
+    """The outermost cache, or `ASSUMED_CACHE` under a name that says so."""
+    found = caches()
+    return found[-1] if found else Cache("assumed", ASSUMED_CACHE, ASSUMED_CACHE)
+
+
+def describe() -> dict[str, object]:
+    """The machine and the software, as the JSON's "machine" object."""
+    import normally
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": _usable_cores(),
+        "threads": torch.get_num_threads(),
+        "caches": {cache.name: cache.bytes for cache in (caches() or [last_level_cache()])},
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "transparent_huge_pages": _chosen(_THP),
+        "torch_huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "normally": normally.__version__,
+        "backend": f"compiled, {_native.loaded}" if _native.loaded else "reference (slow)",
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _chosen(path: Path) -> str:
+    """The word in brackets of a kernel setting such as `always [madvise] never`."""
+    try:
+        found = re.search(r"\[(\w+)\]", _read(path))
+    except OSError:
+        found = None
+    return found[1] if found else "unknown"
+
+
+def _to_bytes(size: str) -> int:
+    """Bytes of a size as the kernel writes it.
+
+    >>> _to_bytes("1024K")
+    1048576
+    """
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1], 1)
+    return int(size.rstrip("KMG")) * unit
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip()

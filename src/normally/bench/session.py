@@ -1,0 +1,138 @@
+"""Measure the cases of a run, one group of tensors after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import accuracy, machine, memory
+from .measure import Budget, Spread, Step, interleave, make_step, speedup
+from .operator import MODES, Case, Operator
+from .results import COMPILED, OURS, TORCH, CopySpeed, Record, Results, Timing
+from .yardstick import ColdCopy
+
+Tell = Callable[[Case], object]
+
+
+class Session:
+    """One run: its budget, its yardstick and what it has found so far."""
+
+    def __init__(
+        self, results: Results, budget: Budget, threads: Sequence[int], compile: bool = False
+    ) -> None:
+        cache = machine.last_level_cache()
+        self.results = results
+        self.budget = budget
+        self.threads = threads
+        self.compile = compile
+        self._cache_bytes = cache.bytes
+        self._copy = ColdCopy(cache.total_bytes, budget.copy_piece)
+        self._errors: dict[tuple[Case, str], dict[str, float | None]] = {}
+        self._copies: dict[tuple[str, int], list[float]] = {}
+
+    def measure(self, operator: Operator, group: Sequence[Case], tell: Tell) -> None:
+        """Every mode and number of threads of cases that share shape, layout and dtype.
+
+        `tell` is called before each case. What is measured stays in `results` if this is
+        interrupted, and the number of threads is as it was.
+        """
+        before = torch.get_num_threads()
+        generator = torch.Generator().manual_seed(0)
+        inputs = accuracy.make_inputs(group[0], generator)
+        for tensor in inputs:
+            tensor.requires_grad_()
+        grad = torch.randn(inputs[0].shape, generator=generator).to(inputs[0].dtype)
+        grad = grad.contiguous(memory_format=group[0].memory_format)
+        try:
+            for threads in self.threads:
+                torch.set_num_threads(threads)
+                self._measure_copy(group[0].dtype, threads)
+                for variant in group:
+                    given = inputs if variant.has_residual else inputs[:1]
+                    modules = self._build(operator, variant)
+                    for mode in MODES:
+                        case = replace(variant, mode=mode, threads=threads)
+                        tell(case)
+                        record = self._time(operator, case, modules, given, grad)
+                        self.results.records.append(record)
+        finally:
+            torch.set_num_threads(before)
+
+    def _build(self, operator: Operator, case: Case) -> dict[str, nn.Module]:
+        modules = {OURS: operator.ours(case), TORCH: operator.theirs(case)}
+        if self.compile:
+            # A graph is made for one number of threads and one shape; earlier ones are of no use.
+            torch.compiler.reset()
+            modules[COMPILED] = cast(nn.Module, torch.compile(operator.theirs(case)))
+        return modules
+
+    def _time(
+        self,
+        operator: Operator,
+        case: Case,
+        modules: dict[str, nn.Module],
+        inputs: Sequence[Tensor],
+        grad: Tensor,
+    ) -> Record:
+        steps: dict[str, Step] = {}
+        failed: dict[str, str] = {}
+        with torch.set_grad_enabled(case.mode != "evaluation"):
+            for name, module in modules.items():
+                step = make_step(module.train(case.mode != "evaluation"), inputs, case.mode, grad)
+                try:
+                    step()  # first calls pay for what later ones find ready
+                except Exception as error:  # reported with the case; the others are still timed
+                    failed[name] = f"{type(error).__name__}: {error}"
+                else:
+                    steps[name] = step
+            times = interleave(steps, self.budget) if steps else {}
+        facts: dict[str, dict[str, Any]] = {}
+        for name, step in steps.items():
+            facts[name] = {"error": self._error(operator, case, name)}
+            if case.mode == "forward_backward" and name != COMPILED:
+                facts[name]["saved_bytes"] = memory.saved_bytes(modules[name], inputs)
+                facts[name]["peak_bytes"] = memory.peak_bytes(step)
+        return Record(
+            operator=operator.name,
+            label=case.shape.label,
+            size=case.shape.size,
+            layout=case.layout,
+            dtype=case.dtype,
+            act=case.act,
+            residual=case.has_residual,
+            fused=case.fused,
+            mode=case.mode,
+            threads=case.threads,
+            tensor_bytes=case.tensor_bytes,
+            floor_bytes=operator.floor_bytes(case, self._cache_bytes),
+            rounds=max((len(t) for t in times.values()), default=0),
+            timings={name: Timing(Spread.of(times[name]), **facts[name]) for name in steps},
+            speedup={
+                name: speedup(times[OURS], times[name])
+                for name in steps
+                if name != OURS and OURS in times
+            },
+            failed=failed,
+        )
+
+    def _error(self, operator: Operator, case: Case, name: str) -> dict[str, float | None] | None:
+        """Once for training and once for evaluation; torch.compile's is torch's."""
+        if name == COMPILED:
+            return None
+        mode = "evaluation" if case.mode == "evaluation" else "forward"
+        case = replace(case, mode=mode, threads=0)
+        if (case, name) not in self._errors:
+            build = operator.ours if name == OURS else operator.theirs
+            found = accuracy.errors(operator, case, build, self.budget.error_elements)
+            self._errors[case, name] = found
+        return self._errors[case, name]
+
+    def _measure_copy(self, dtype: str, threads: int) -> None:
+        """Enter this group's copies; the yardstick is the median over the whole run."""
+        copies = self._copies.setdefault((dtype, threads), [])
+        copies += self._copy.measure(getattr(torch, dtype), self.budget.copy_rounds)
+        self.results.copy = [CopySpeed(*key, Spread.of(v)) for key, v in self._copies.items()]

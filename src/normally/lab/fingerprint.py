@@ -1,0 +1,54 @@
+"""What decides a run's numbers, as one short text: under another one the run is measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+import normally
+
+
+def fingerprint(measure: Any, data: str, settings: Mapping[str, Any]) -> str:
+    """Digest of the code that `measure` reaches, data, settings, versions and backends.
+
+    The number of seeds is left out: more seeds extend a finished experiment. So is all code that
+    only judges or shows: a better caption does not throw an overnight run away.
+    """
+    decided = {key: value for key, value in settings.items() if key != "seeds"}
+    facts = [data, decided, normally.__version__, torch.__version__, normally.backends()]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for part in sorted(_reached(measure, set())):
+        digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+def _reached(thing: Any, seen: set[int]) -> Iterator[str]:
+    """Source of a function or class and, through the names it uses, of what it reaches.
+
+    Only what shares the function's package is followed; the rest is covered by the versions.
+    """
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    yield inspect.getsource(thing)
+    if not isinstance(thing, FunctionType):
+        return
+    package = thing.__module__.partition(".")[0]
+    for name in sorted(_names(thing.__code__)):
+        used = thing.__globals__.get(name)
+        if isinstance(used, bool | int | float | str | tuple):
+            yield f"{name}={used!r}"
+        elif isinstance(used, FunctionType | type) and used.__module__.startswith(package):
+            yield from _reached(used, seen)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that a function uses, those inside its inner functions included."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))

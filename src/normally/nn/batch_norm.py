@@ -1,0 +1,349 @@
+"""BatchNorm1d, 2d, 3d and their lazy forms.
+
+Subclasses of torch's, so that everything which recognizes those recognizes these, with the same
+parameters, buffers and state dict. The maths is `normally.functional.batch_norm`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from .. import functional
+from .._ops import activation
+from ._location import located
+
+_ON_SINGLE_VALUE = ("error", "running")
+
+
+class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the layers add to torch's: options, a protected update, one fused call."""
+
+    act: str | None
+    act_param: float | None
+    channel_dim: int
+    unbiased: bool
+    correction: int
+    on_single_value: str
+    memory_efficient: bool
+    _skipped_updates: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+        act_param: float | None = None,
+        channel_dim: int = 1,
+        unbiased: bool = True,
+        correction: int = 0,
+        on_single_value: str = "error",
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        self._configure(
+            act, act_param, channel_dim, unbiased, correction, on_single_value, memory_efficient
+        )
+        self._count_skipped_updates()
+
+    def _configure(
+        self,
+        act: str | None,
+        act_param: float | None,
+        channel_dim: int,
+        unbiased: bool,
+        correction: int,
+        on_single_value: str,
+        memory_efficient: bool,
+    ) -> None:
+        """Check and keep the options that torch does not have."""
+        caller = type(self).__name__
+        activation.encode(act, act_param, caller)
+        if on_single_value not in _ON_SINGLE_VALUE:
+            raise ValueError(
+                f"{caller}: on_single_value must be 'error' or 'running'. "
+                f"Got on_single_value={on_single_value!r}."
+            )
+        if correction < 0:
+            raise ValueError(f"{caller}: correction must be 0 or more. Got correction={correction}.")
+        if memory_efficient:
+            raise NotImplementedError(
+                f"{caller}: memory_efficient is not implemented in this version of normally."
+            )
+        self.act = act
+        self.act_param = act_param
+        self.channel_dim = channel_dim
+        self.unbiased = unbiased
+        self.correction = correction
+        self.on_single_value = on_single_value
+        self.memory_efficient = memory_efficient
+
+    def _count_skipped_updates(self) -> None:
+        """(Re)create the counter beside the running statistics; it is not part of a state dict."""
+        counter = None
+        if self.track_running_stats and self.running_mean is not None:
+            counter = torch.zeros(
+                self.num_features, dtype=torch.long, device=self.running_mean.device
+            )
+        self.register_buffer("_skipped_updates", counter, persistent=False)
+
+    @property
+    def skipped_updates(self) -> Tensor:
+        """How many times a channel's running statistics refused a non-finite batch, in total."""
+        if self._skipped_updates is None:
+            return torch.zeros((), dtype=torch.long)
+        return self._skipped_updates.sum()
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, no batches: as new."""
+        super().reset_running_stats()
+        if getattr(self, "_skipped_updates", None) is not None:
+            self._skipped_updates.zero_()  # type: ignore[union-attr]
+
+    def reset_parameters(self) -> None:
+        """Fresh running statistics, γ = 1 and β = 0 where the layer has them."""
+        self.reset_running_stats()
+        if self.affine:
+            torch.nn.init.ones_(self.weight)
+            if self.bias is not None:
+                torch.nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """act(bn(input) + residual); see `normally.functional.batch_norm`."""
+        try:
+            self._check_input_dim(input)
+            tracks = self.track_running_stats if self.training else True
+            running_mean = self.running_mean if tracks else None
+            running_var = self.running_var if tracks else None
+            if self.training and running_mean is not None:
+                _warn_of_half_statistics(running_mean)
+            return functional.batch_norm(
+                input,
+                running_mean,
+                running_var,
+                self.weight,
+                self.bias,
+                self.training or (self.running_mean is None and self.running_var is None),
+                self.momentum,
+                self.eps,
+                act=self.act,
+                act_param=self.act_param,
+                residual=residual,
+                mask=mask,
+                lengths=lengths,
+                channel_dim=self.channel_dim,
+                unbiased=self.unbiased,
+                correction=self.correction,
+                on_single_value=self.on_single_value,
+                num_batches_tracked=self.num_batches_tracked if tracks else None,
+                skipped_updates=self._skipped_updates if tracks else None,
+            )
+        except (ValueError, TypeError) as error:
+            raise located(error, self) from None
+
+    def extra_repr(self) -> str:
+        """torch's, then what differs from torch's defaults."""
+        text = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self.bias is not None}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+        for name, default in _DEFAULTS.items():
+            value = getattr(self, name)
+            if value != default:
+                text += f", {name}={value!r}"
+        return text
+
+
+_DEFAULTS: dict[str, Any] = {
+    "act": None,
+    "act_param": None,
+    "channel_dim": 1,
+    "unbiased": True,
+    "correction": 0,
+    "on_single_value": "error",
+    "memory_efficient": False,
+}
+
+
+def _warn_of_half_statistics(running_mean: Tensor) -> None:
+    if running_mean.dtype is torch.float16 and not torch.compiler.is_compiling():
+        warnings.warn(
+            "BatchNorm is training with float16 running statistics: they cannot hold a variance "
+            "above 65504 and lose small updates. Keep the layer in float32; it takes float16 "
+            "inputs as it is.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _dims_error(expected: str, input: Tensor) -> ValueError:
+    return ValueError(
+        f"expected {expected} input (got {input.dim()}D input), input size {tuple(input.shape)}"
+    )
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    r"""Batch normalization of `(N, C)` or `(N, C, L)` (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+        y = act((x - mean) / √(var + eps) * weight + bias + residual)
+
+    Training normalizes with the mean and the biased variance of the batch, one pair a channel over
+    N (and L), and moves the running statistics towards them; evaluation uses the running ones.
+    State dicts load from and into `torch.nn.BatchNorm1d`.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, in units of x².
+        momentum: the weight of the *new* batch in the running statistics (Keras and Flax state the
+            old one's); None keeps the plain average over all batches.
+        affine: learn γ (`weight`) and β (`bias`).
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers; float32 serves half inputs too.
+        bias: learn β; only with `affine`.
+        act: an activation fused into the layer, see `normally.functional.batch_norm`.
+        act_param: its parameter.
+        channel_dim: the dimension of C: 1, or -1 for `(N, L, C)`.
+        unbiased: `running_var` keeps the unbiased variance (torch) or the biased (Keras, Flax).
+        correction: the variance that normalizes is divided by m - correction.
+        on_single_value: "error" or "running" where training meets one value per channel.
+        memory_efficient: not implemented yet.
+
+    >>> layer = BatchNorm1d(2, act="relu")
+    >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+    tensor([[0.0000, 0.0000],
+            [1.0000, 1.0000]], grad_fn=<EagerBatchNormBackward>)
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 2 and input.dim() != 3:
+            raise _dims_error("2D or 3D", input)
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    r"""Batch normalization of `(N, C, H, W)`: as `BatchNorm1d`, over N, H and W.
+
+    channels_last inputs are normalized in their own layout and give channels_last outputs.
+
+    >>> layer = BatchNorm2d(3, act="relu")
+    >>> layer(torch.zeros(2, 3, 4, 4), residual=torch.ones(2, 3, 4, 4)).unique()
+    tensor([1.], grad_fn=<Unique2Backward0>)
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 4:
+            raise _dims_error("4D", input)
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    r"""Batch normalization of `(N, C, T, H, W)`: as `BatchNorm1d`, over N, T, H and W.
+
+    >>> BatchNorm3d(2)(torch.rand(2, 2, 3, 4, 5)).shape
+    torch.Size([2, 2, 3, 4, 5])
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 5:
+            raise _dims_error("5D", input)
+
+
+class _LazyBatchNorm(_BatchNorm):
+    """What the lazy layers share: `num_features` comes from the first input."""
+
+    weight: UninitializedParameter  # type: ignore[assignment]
+    bias: UninitializedParameter | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+        act_param: float | None = None,
+        channel_dim: int = 1,
+        unbiased: bool = True,
+        correction: int = 0,
+        on_single_value: str = "error",
+        memory_efficient: bool = False,
+    ) -> None:
+        # torch's lazy classes are next but one in the method resolution order; they take no
+        # num_features.
+        torch.nn.modules.batchnorm._LazyNormBase.__init__(
+            self, eps, momentum, affine, track_running_stats, device, dtype
+        )
+        if not bias:
+            self.register_parameter("bias", None)
+        self._configure(
+            act, act_param, channel_dim, unbiased, correction, on_single_value, memory_efficient
+        )
+        self.register_buffer("_skipped_updates", None, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing before the first input."""
+        if not self.has_uninitialized_params() and self.num_features != 0:
+            super().reset_parameters()
+
+    def initialize_parameters(self, input: Tensor, *args: object, **kwargs: object) -> None:
+        """Take `num_features` from the first input and create parameters and buffers."""
+        if not self.has_uninitialized_params():
+            return
+        self.num_features = input.shape[self.channel_dim]
+        shape = (self.num_features,)
+        for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
+            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+                tensor.materialize(shape)
+        self.reset_parameters()
+        self._count_skipped_updates()
+
+
+class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):
+    """`BatchNorm1d` that takes `num_features` from its first input.
+
+    >>> layer = LazyBatchNorm1d()
+    >>> _ = layer(torch.rand(4, 3))
+    >>> type(layer).__name__, layer.num_features
+    ('BatchNorm1d', 3)
+    """
+
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    _check_input_dim = BatchNorm1d._check_input_dim
+
+
+class LazyBatchNorm2d(_LazyBatchNorm, torch.nn.LazyBatchNorm2d):
+    """`BatchNorm2d` that takes `num_features` from its first input."""
+
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    _check_input_dim = BatchNorm2d._check_input_dim
+
+
+class LazyBatchNorm3d(_LazyBatchNorm, torch.nn.LazyBatchNorm3d):
+    """`BatchNorm3d` that takes `num_features` from its first input."""
+
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    _check_input_dim = BatchNorm3d._check_input_dim

@@ -1,0 +1,186 @@
+"""Every normalization as its formula: slow, obvious, and the oracle of the tests.
+
+The functions here are plain torch expressions. They widen to float64 first and narrow once at the
+end, so they are differentiable any number of times, run on any device that has float64, and say
+what the compiled kernels must compute. Where there is no kernel they are also what runs.
+
+Source of formulas 1-4: Ioffe & Szegedy 2015, arXiv:1502.03167.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: The activations that a norm can be fused with, by name: z and the parameter to act(z).
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, _: F.relu(z),
+    "relu6": lambda z, _: F.relu6(z),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "silu": lambda z, _: F.silu(z),
+    "gelu": lambda z, _: F.gelu(z),
+    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
+    "hardswish": lambda z, _: F.hardswish(z),
+    "hardsigmoid": lambda z, _: F.hardsigmoid(z),
+    "sigmoid": lambda z, _: torch.sigmoid(z),
+    "tanh": lambda z, _: torch.tanh(z),
+}
+
+#: The parameter where the caller gives none: leaky_relu's slope below 0 and elu's alpha.
+DEFAULT_ACT_PARAM = {"leaky_relu": 0.01, "elu": 1.0}
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in the widest floating dtype of its device: float64, but float32 on MPS."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def activate(z: Tensor, act: str | None, act_param: float | None = None) -> Tensor:
+    """act(z), the identity for None.
+
+    >>> activate(torch.tensor([-2.0, 3.0]), "leaky_relu", 0.1)
+    tensor([-0.2000,  3.0000])
+    """
+    if act is None:
+        return z
+    return ACTIVATIONS[act](z, DEFAULT_ACT_PARAM.get(act, 0.0) if act_param is None else act_param)
+
+
+def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over `dims`, which stay as 1 (formulas 1 and 2).
+
+        mean = Σx / m        var = Σ(x - mean)² / m
+
+    >>> mean, var = moments(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), dims=(0,))
+    >>> mean, var
+    (tensor([[2., 4.]]), tensor([[1., 4.]]))
+    """
+    dims = tuple(dims)
+    mean = x.mean(dims, keepdim=True)
+    return mean, (x - mean).square().mean(dims, keepdim=True)
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """x̂ = (x - mean) / √(var + eps), the difference taken first (formula 1)."""
+    return (x - mean) / torch.sqrt(var + eps)
+
+
+def batch_norm(
+    input: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    act_param: float | None = None,
+    correction: int = 0,
+    channel_dim: int = 1,
+) -> Tensor:
+    """Batch normalization (Ioffe & Szegedy 2015, Algorithm 1): formulas 1, 2 and 5.
+
+        y = act(weight * (x - mean) / √(var * m / (m - correction) + eps) + bias + residual)
+
+    The mean and the biased variance of a channel are taken over the m values of the batch and of
+    all positions (N·H·W for an image), unless they are given: evaluation mode.
+
+    Args:
+        input: `(N, C, *)`, or the channel at `channel_dim`.
+        mean: `(C,)`, in units of x; None takes the batch's.
+        var: `(C,)`, in units of x²; None takes the batch's.
+        weight: γ, `(C,)`; None is 1.
+        bias: β, `(C,)`; None is 0.
+        eps: in units of x².
+        residual: added before the activation; the input's shape.
+        act: a name of `ACTIVATIONS`.
+        act_param: leaky_relu's slope, elu's alpha.
+        correction: 1 normalizes by the unbiased variance, as tiny-dnn does. Only for the batch's.
+        channel_dim: the dimension of C.
+
+    >>> batch_norm(torch.tensor([[1.0], [3.0]]), eps=0.0)
+    tensor([[-1.],
+            [ 1.]])
+    """
+    x = widen(input)
+    channel_dim %= x.dim()
+    shape = [-1 if d == channel_dim else 1 for d in range(x.dim())]
+    if mean is None or var is None:
+        dims = [d for d in range(x.dim()) if d != channel_dim]
+        mean, var = moments(x, dims)
+        if correction:
+            m = math.prod(x.shape[d] for d in dims)
+            var = var * (m / (m - correction))
+    else:
+        mean, var = widen(mean).view(shape), widen(var).view(shape)
+    y = normalize(x, mean, var, eps)
+    if weight is not None:
+        y = y * widen(weight).view(shape)
+    if bias is not None:
+        y = y + widen(bias).view(shape)
+    if residual is not None:
+        y = y + widen(residual)
+    return activate(y, act, act_param).to(input.dtype)
+
+
+def unbiased(var: Tensor, count: int) -> Tensor:
+    """The unbiased variance m/(m-1)·σ² of a biased one over `count` values (formulas 3 and 4)."""
+    return var * (count / (count - 1))
+
+
+def running_average(running: Tensor, batch: Tensor, momentum: float) -> Tensor:
+    """running = (1 - momentum)·running + momentum·batch (formula 3, PyTorch's direction).
+
+    `momentum` is the weight of the *new* value: PyTorch's 0.1 is Keras' and Flax' 0.9.
+
+    >>> running_average(torch.tensor(1.0), torch.tensor(2.0), momentum=0.1)
+    tensor(1.1000)
+    """
+    return (1 - momentum) * running + momentum * batch
+
+
+def population_statistics(batches: Iterable[Tensor], channel_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """The paper's inference statistics (formula 4): E[mean_B] and E[m/(m-1)·var_B] over batches.
+
+    The plain average over equally large batches, which is what `momentum=None` accumulates.
+    """
+    means, variances = [], []
+    for batch in batches:
+        x = widen(batch).movedim(channel_dim, 0).flatten(1)
+        mean, var = moments(x, (1,))
+        means.append(mean[:, 0])
+        variances.append(unbiased(var[:, 0], x.shape[1]))
+    return torch.stack(means).mean(0), torch.stack(variances).mean(0)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalization (Ba et al. 2016, arXiv:1607.06450): formula 6.
+
+    Mean and biased variance of each sample over the last `len(normalized_shape)` dimensions; the
+    same in training and in evaluation.
+    """
+    x = widen(input)
+    mean, var = moments(x, range(-len(normalized_shape), 0))
+    y = normalize(x, mean, var, eps)
+    if weight is not None:
+        y = y * widen(weight)
+    if bias is not None:
+        y = y + widen(bias)
+    return y.to(input.dtype)
+
+
+def identity_parameters(mean: Tensor, var: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """γ = √(var + eps) and β = mean, which make the layer the identity (formula 7)."""
+    return torch.sqrt(var + eps), mean
