@@ -16,8 +16,8 @@ COMPILER := $(shell command -v $(CXX) || command -v c++ || command -v clang++)
 KERNELS  := $(if $(COMPILER)$(NORMALLY_REQUIRE_NATIVE)$(wildcard $(VENV)/.stamp-built-native),native,none)
 BUILT    := $(VENV)/.stamp-built-$(KERNELS)
 
-# What depends on the instruction set: formulas, options, promises.
-ISA_TESTS        := tests/functional tests/promises
+# What depends on the instruction set and takes seconds.
+ISA_TESTS        := tests/functional
 PRINT_CAPABILITY := 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())'
 
 # An editable install of another checkout must not stand in for this one's.
@@ -36,17 +36,17 @@ help:  ## this list
 demo: $(BUILT)  ## run the quickstart experiment and say where its page is
 	$(VENV)/bin/normally lab run quickstart $(ARGS)
 
-test: $(BUILT)  ## run the tests (ARGS="-k momentum" for some of them)
+test: $(BUILT) $(if $(ARGS),,test-isa)  ## run all tests (ARGS="-k momentum" for some of them)
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
-# torch takes ATEN_CPU_CAPABILITY at its word, so the loop ends at what the machine has; other
-# processors than x86 have the default alone.
-test-isa: $(BUILT)  ## run the numerical tests under every instruction set of this machine
+# torch takes ATEN_CPU_CAPABILITY at its word, so the loop ends below what the machine has: that
+# one is `make test` itself. Other processors than x86 have the default alone.
+test-isa: $(BUILT)  ## run the numerical tests under the lesser instruction sets of this machine
 	@best=$$(env -u ATEN_CPU_CAPABILITY $(PY) -c $(PRINT_CAPABILITY)) || exit; \
 	for isa in default avx2 avx512; do \
-	  echo "ATEN_CPU_CAPABILITY=$$isa (this machine: $$best)"; \
-	  ATEN_CPU_CAPABILITY=$$isa $(PY) -m pytest -q -m "not slow" $(or $(ARGS),$(ISA_TESTS)) || exit; \
 	  case "$$best" in "$$isa"|[!a]*) break;; esac; \
+	  echo "ATEN_CPU_CAPABILITY=$$isa (this machine has $$best)"; \
+	  ATEN_CPU_CAPABILITY=$$isa $(PY) -m pytest -q -m "not slow" $(or $(ARGS),$(ISA_TESTS)) || exit; \
 	done
 
 nightly: $(BUILT)  ## run the slow tests

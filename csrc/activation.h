@@ -286,4 +286,24 @@ inline void with_activation(int64_t code, Function&& function) {
   }
 }
 
+// Whether the derivative is dearer to compute again than to store and load.
+inline bool is_costly(int64_t code) {
+  bool costly = false;
+  with_activation(code, [&](auto act) { costly = decltype(act)::kCostly; });
+  return costly;
+}
+
+// act(z) and g · act'(z) of one double, by the activation's code: for values beyond float.
+inline double activation_value(int64_t code, double z, double p) {
+  with_activation(code, [&](auto act) { z = decltype(act)::template value<double>(splat(z), p)[0]; });
+  return z;
+}
+
+inline double activation_gradient(int64_t code, double g, double z, double p) {
+  with_activation(code, [&](auto act) {
+    g = decltype(act)::template gradient<double>(splat(g), splat(z), p)[0];
+  });
+  return g;
+}
+
 }  // namespace normally

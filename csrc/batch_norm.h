@@ -42,6 +42,7 @@ struct BackwardCall : Normalization {
   const double* var;         // (channels)
   T* dx;                     // or null
   T* dresidual;              // or null
+  T* g = nullptr;            // where the first sweep keeps dy · act'(z), or null
   double* dweight;           // (channels), or null
   double* dbias;             // (channels), or null
 };
@@ -77,8 +78,16 @@ inline Affine<F> affine_of(double mean, double rstd, const F* weight, const F* b
 // float sums of squares overflow, or x - mean does, for channels of this magnitude.
 inline bool is_extreme(double mean, double var) { return std::abs(mean) > 1e32 || var > 1e64; }
 
+// The mask: bytes a row, where the row of a value begins, and the value's bit in it.
 inline int64_t mask_row_bytes(const Geometry& g) {
   return ((walks_rows(g) ? g.channels * g.inner : g.inner) + 7) / 8;
+}
+
+inline int64_t mask_row_begin(const Geometry& g, int64_t outer, int64_t c) {
+  return (walks_rows(g) ? outer : outer * g.channels + c) * mask_row_bytes(g);
+}
+inline int64_t mask_column(const Geometry& g, int64_t c, int64_t i) {
+  return walks_rows(g) ? c * g.inner + i : i;
 }
 
 }  // namespace normally

@@ -20,9 +20,6 @@ namespace {
 // Where the activation's derivative comes from.
 enum class Source { kInput, kResidual, kMask };
 
-// What the second sweep reads g from: computed again, or stored by the first sweep.
-enum class Stored { kNothing, kInDx, kInDresidual };
-
 struct Sums {
   double g = 0, gx = 0;  // Σg and Σg·(x - mean)
 };
@@ -66,7 +63,6 @@ struct RowSums {
 template <typename T>
 struct BackwardKernel {
   using F = Compute<T>;
-  bool first_sweep = false;
   virtual void sum_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
                              RowSums<F>& sums) const = 0;
   virtual void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
@@ -76,7 +72,6 @@ struct BackwardKernel {
   virtual void dx_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
                        int64_t end, const RowAffine<F>& a, const F* constant,
                        const F* slope) const = 0;
-  virtual void extreme(int64_t c) const = 0;
 
  protected:
   ~BackwardKernel() = default;
@@ -87,24 +82,10 @@ struct Gradient final : BackwardKernel<T> {
   using F = Compute<T>;
   static constexpr int64_t kWidth = kLanes<T>;
   const BackwardCall<T>& call;
-  const F p;
-  const bool stream;
-  Stored stored = Stored::kNothing;
+  const F p = static_cast<F>(call.act_param);
+  const bool stream = worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)));
 
-  explicit Gradient(const BackwardCall<T>& backward_call)
-      : call(backward_call),
-        p(static_cast<F>(call.act_param)),
-        stream(worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)))) {
-    const bool needs_sums = call.dweight || call.dbias || (call.training && call.dx);
-    this->first_sweep = needs_sums || call.dresidual;
-    if (sizeof(T) == sizeof(F) && this->first_sweep) {  // only where T holds g exactly
-      if (call.dresidual) {
-        stored = Stored::kInDresidual;
-      } else if (Act::kCostly && call.dx) {
-        stored = Stored::kInDx;
-      }
-    }
-  }
+  explicit Gradient(const BackwardCall<T>& backward_call) : call(backward_call) {}
 
   template <bool kWhole>
   static Vec<F> get(const T* at, int count) {
@@ -152,10 +133,7 @@ struct Gradient final : BackwardKernel<T> {
     }
     sg += value;
     sgx += value * centred;
-    if (call.dresidual) put<kWhole>(call.dresidual + at, value, count);
-    if constexpr (Act::kCostly) {
-      if (stored == Stored::kInDx) put<kWhole>(call.dx + at, value, count);
-    }
+    if (call.g) put<kWhole>(call.g + at, value, count);
   }
 
   // One vector of the second sweep.
@@ -164,12 +142,7 @@ struct Gradient final : BackwardKernel<T> {
                  const Vec<F>& constant, const Vec<F>& slope, int64_t at, const uint8_t* mask,
                  int64_t i, int count) const {
     const Vec<F> centred = get<kWhole>(call.x + at, count) - hi - lo;
-    Vec<F> value;
-    if (stored == Stored::kNothing) {
-      value = g<kWhole>(centred, scale, offset, at, mask, i, count);
-    } else {
-      value = get<kWhole>((stored == Stored::kInDx ? call.dx : call.dresidual) + at, count);
-    }
+    Vec<F> value = g<kWhole>(centred, scale, offset, at, mask, i, count);
     value = value * scale - (centred * slope + constant);
     if constexpr (!kWhole) {
       store_first(call.dx + at, value, count);
@@ -234,7 +207,7 @@ struct Gradient final : BackwardKernel<T> {
   void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
                     const Slope<F>& s) const override {
     const int64_t at = row * call.geometry.inner + begin;
-    if (stream && stored != Stored::kInDx && is_aligned(call.dx + at)) {
+    if (stream && call.dy != call.dx && is_aligned(call.dx + at)) {
       dx_row<true>(at, mask_at(row, begin), count, a, s);
     } else {
       dx_row<false>(at, mask_at(row, begin), count, a, s);
@@ -327,7 +300,7 @@ struct Gradient final : BackwardKernel<T> {
   void dx_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
                const RowAffine<F>& a, const F* constant, const F* slope) const override {
     const bool streams =
-        stream && stored != Stored::kInDx && is_aligned(call.dx) && width % kWidth == 0;
+        stream && call.dy != call.dx && is_aligned(call.dx) && width % kWidth == 0;
     for (int64_t tile_end = row_end; tile_end > row_begin; tile_end -= kRowTile) {
       const int64_t tile = std::max(tile_end - kRowTile, row_begin);
       int64_t j = begin;
@@ -347,55 +320,58 @@ struct Gradient final : BackwardKernel<T> {
       }
     }
   }
+};
 
-  // A channel beyond the range of float, in double, value by value. Never streams or stores g.
-  void extreme(int64_t c) const override {
-    const Geometry& geometry = call.geometry;
-    const double mean = call.mean[c], rstd = rstd_of(call, call.var[c]);
-    const double scale = rstd * (call.weight ? static_cast<double>(call.weight[c]) : 1.0);
-    const double offset = call.bias ? static_cast<double>(call.bias[c]) : 0.0;
-    const bool rows = walks_rows(geometry);
-    const auto each = [&](auto&& function) {
-      for (int64_t o = 0; o < geometry.outer; ++o) {
-        for (int64_t i = 0; i < geometry.inner; ++i) {
-          const int64_t at = (o * geometry.channels + c) * geometry.inner + i;
-          const double centred = static_cast<double>(call.x[at]) - mean;
-          const double dy = static_cast<double>(call.dy[at]);
-          double g;
-          if constexpr (kSource == Source::kMask) {
-            const int64_t bit = rows ? c * geometry.inner + i : i;
-            const uint8_t* row =
-                call.mask + (rows ? o : o * geometry.channels + c) * mask_row_bytes(geometry);
-            const double below = std::is_same_v<Act, LeakyRelu> ? dy * call.act_param : 0.0;
-            g = row[bit / 8] >> bit % 8 & 1 ? dy : below;
-          } else {
-            double z = centred * scale + offset;
-            if (kSource == Source::kResidual) z += static_cast<double>(call.residual[at]);
-            g = Act::template gradient<double>(splat(dy), splat(z), call.act_param)[0];
-          }
-          function(at, centred, g);
+// A channel beyond the range of float, in double, value by value.
+template <typename T>
+void backward_extreme(const BackwardCall<T>& call, int64_t c) {
+  const Geometry& geometry = call.geometry;
+  const double mean = call.mean[c], rstd = rstd_of(call, call.var[c]);
+  const double scale = rstd * (call.weight ? static_cast<double>(call.weight[c]) : 1.0);
+  const double offset = call.bias ? static_cast<double>(call.bias[c]) : 0.0;
+  const auto each = [&](auto&& function) {
+    for (int64_t o = 0; o < geometry.outer; ++o) {
+      for (int64_t i = 0; i < geometry.inner; ++i) {
+        const int64_t at = (o * geometry.channels + c) * geometry.inner + i;
+        const double centred = static_cast<double>(call.x[at]) - mean;
+        double g = static_cast<double>(call.dy[at]);
+        if (call.mask) {
+          const uint8_t* row = call.mask + mask_row_begin(geometry, o, c);
+          if (!read_bit(row, mask_column(geometry, c, i))) g *= call.act_param;
+        } else {
+          double z = centred * scale + offset;
+          if (call.residual) z += static_cast<double>(call.residual[at]);
+          g = activation_gradient(call.act, g, z, call.act_param);
         }
+        function(at, centred, g);
       }
-    };
-    Sums sums;
-    each([&](int64_t, double centred, double g) { sums.g += g, sums.gx += g * centred; });
-    const double m = static_cast<double>(geometry.per_channel());
-    if (call.dbias) call.dbias[c] = sums.g;
-    if (call.dweight) call.dweight[c] = sums.gx * rstd;
-    each([&](int64_t at, double centred, double g) {
-      if (call.dresidual) call.dresidual[at] = static_cast<T>(static_cast<F>(g));
-      double dx = g;
-      if (call.training) {
-        dx -= sums.g / m +
-              centred * rstd * (rstd * sums.gx / (m - static_cast<double>(call.correction)));
-      }
-      if (call.dx) call.dx[at] = static_cast<T>(static_cast<F>(dx * scale));
-    });
-  }
+    }
+  };
+  Sums sums;
+  each([&](int64_t, double centred, double g) { sums.g += g, sums.gx += g * centred; });
+  const double m = static_cast<double>(geometry.per_channel());
+  if (call.dbias) call.dbias[c] = sums.g;
+  if (call.dweight) call.dweight[c] = sums.gx * rstd;
+  each([&](int64_t at, double centred, double g) {
+    if (call.dresidual) call.dresidual[at] = static_cast<T>(static_cast<Compute<T>>(g));
+    double dx = g;
+    if (call.training) {
+      dx -= sums.g / m +
+            centred * rstd * (rstd * sums.gx / (m - static_cast<double>(call.correction)));
+    }
+    if (call.dx) call.dx[at] = static_cast<T>(static_cast<Compute<T>>(dx * scale));
+  });
+}
+
+// The kernels of the two sweeps; the first is null where nothing needs it.
+template <typename T>
+struct Sweeps {
+  const BackwardKernel<T>* first;
+  const BackwardKernel<T>* second;
 };
 
 template <typename T>
-void backward_planes(const BackwardCall<T>& call, const BackwardKernel<T>& kernel) {
+void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   using F = Compute<T>;
   const Geometry& g = call.geometry;
   const ChannelWalk walk(g);
@@ -419,7 +395,7 @@ void backward_planes(const BackwardCall<T>& call, const BackwardKernel<T>& kerne
       RowSums<F> sums[16];
       for (int64_t row = chunk.row; row < chunk.row_end; ++row) {
         for (int64_t c = begin; c < end; ++c) {
-          kernel.sum_chunk_row(row * g.channels + c, chunk.begin, chunk.count,
+          sweeps.first->sum_chunk_row(row * g.channels + c, chunk.begin, chunk.count,
                                constants[c - begin], sums[c - begin]);
         }
       }
@@ -444,7 +420,7 @@ void backward_planes(const BackwardCall<T>& call, const BackwardKernel<T>& kerne
       const Chunk chunk(walk, g, index);
       for (int64_t row = chunk.row_end - 1; row >= chunk.row; --row) {
         for (int64_t c = begin; c < end; ++c) {
-          kernel.dx_chunk_row(row * g.channels + c, chunk.begin, chunk.count,
+          sweeps.second->dx_chunk_row(row * g.channels + c, chunk.begin, chunk.count,
                               constants[c - begin], slopes[c]);
         }
       }
@@ -454,7 +430,7 @@ void backward_planes(const BackwardCall<T>& call, const BackwardKernel<T>& kerne
   if (serial || blocks >= 3 * threads || blocks % threads == 0) {
     parallel(blocks, serial, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        for (int64_t s = 0; kernel.first_sweep && s < walk.segments; ++s) sum(b, s);
+        for (int64_t s = 0; sweeps.first && s < walk.segments; ++s) sum(b, s);
         for (int64_t c = b * block; c < std::min((b + 1) * block, g.channels); ++c) merge(c);
         for (int64_t s = walk.segments - 1; call.dx && s >= 0; --s) apply(b, s);
       }
@@ -463,7 +439,7 @@ void backward_planes(const BackwardCall<T>& call, const BackwardKernel<T>& kerne
     return;
   }
   const int64_t tasks = blocks * walk.segments;
-  if (kernel.first_sweep) {
+  if (sweeps.first) {
     parallel(tasks, false, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) sum(t / walk.segments, t % walk.segments);
     });
@@ -477,7 +453,7 @@ void backward_planes(const BackwardCall<T>& call, const BackwardKernel<T>& kerne
 }
 
 template <typename T>
-void backward_rows(const BackwardCall<T>& call, const BackwardKernel<T>& kernel) {
+void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   using F = Compute<T>;
   const Geometry& g = call.geometry;
   const RowWalk walk(g, kLanes<T>, 2 * sizeof(T), call.mask != nullptr);
@@ -493,7 +469,7 @@ void backward_rows(const BackwardCall<T>& call, const BackwardKernel<T>& kernel)
   const auto sum = [&](int64_t s, int64_t begin, int64_t end, RowScratch<F>& scratch) {
     for (int64_t row = walk.segment_begin(s); row < walk.segment_begin(s + 1); row += kRowChunk) {
       const int64_t next = std::min(row + kRowChunk, walk.segment_begin(s + 1));
-      kernel.sum_rows(walk.width, row, next, begin, end, affine, scratch);
+      sweeps.first->sum_rows(walk.width, row, next, begin, end, affine, scratch);
       Sums* part = parts.data() + s * walk.width + begin;
       for (int64_t j = 0; j < end - begin; ++j) {
         part[j].g += static_cast<double>(scratch.s1[j]);
@@ -522,10 +498,10 @@ void backward_rows(const BackwardCall<T>& call, const BackwardKernel<T>& kernel)
       RowScratch<F> scratch(walk.group);
       for (int64_t group = first; group < last; ++group) {
         const int64_t begin = group * walk.group, end = std::min(begin + walk.group, walk.width);
-        if (kernel.first_sweep) sum(0, begin, end, scratch);
+        if (sweeps.first) sum(0, begin, end, scratch);
         merge(begin, end);
         if (call.dx) {
-          kernel.dx_rows(walk.width, 0, walk.rows, begin, end, affine, constant.data(),
+          sweeps.second->dx_rows(walk.width, 0, walk.rows, begin, end, affine, constant.data(),
                          slope.data());
         }
       }
@@ -533,7 +509,7 @@ void backward_rows(const BackwardCall<T>& call, const BackwardKernel<T>& kernel)
     });
     return;
   }
-  if (kernel.first_sweep) {
+  if (sweeps.first) {
     parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
       RowScratch<F> scratch(walk.width);
       for (int64_t s = first; s < last; ++s) sum(s, 0, walk.width, scratch);
@@ -543,7 +519,7 @@ void backward_rows(const BackwardCall<T>& call, const BackwardKernel<T>& kernel)
   if (!call.dx) return;
   parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
     for (int64_t s = last - 1; s >= first; --s) {
-      kernel.dx_rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), 0, walk.width,
+      sweeps.second->dx_rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), 0, walk.width,
                      affine, constant.data(), slope.data());
     }
     finish_streaming();
@@ -554,25 +530,41 @@ void backward_rows(const BackwardCall<T>& call, const BackwardKernel<T>& kernel)
 
 template <typename T>
 void batch_norm_backward(const BackwardCall<T>& call) {
+  // g once computed is kept for the second sweep where it has a place and T holds it exactly: in
+  // the residual's gradient, which it is, or in dx when computing it again costs more.
+  const bool sums = call.dweight || call.dbias || (call.training && call.dx);
+  const bool first_sweep = sums || call.dresidual;
+  constexpr bool kExact = sizeof(T) == sizeof(Compute<T>);
+  BackwardCall<T> first = call, second = call;
+  first.g = call.dresidual;
+  if (kExact && sums && !first.g && is_costly(call.act)) first.g = call.dx;
+  if (kExact && first.g) second.dy = first.g;
+  const Gradient<T, Identity, Source::kInput> from_g(second);
+
   const auto run = [&](const BackwardKernel<T>& kernel) {
+    const bool reuses_g = second.dy != call.dy;
+    const Sweeps<T> sweeps{
+        first_sweep ? &kernel : nullptr,
+        reuses_g ? static_cast<const BackwardKernel<T>*>(&from_g) : &kernel,
+    };
     if (walks_rows(call.geometry)) {
-      backward_rows(call, kernel);
+      backward_rows(call, sweeps);
     } else {
-      backward_planes(call, kernel);
+      backward_planes(call, sweeps);
     }
     for (int64_t c = 0; c < call.geometry.channels; ++c) {
-      if (is_extreme(call.mean[c], call.var[c])) kernel.extreme(c);
+      if (is_extreme(call.mean[c], call.var[c])) backward_extreme(call, c);
     }
   };
   with_activation(call.act, [&](auto act) {
     using Act = decltype(act);
     if constexpr (kPiecewiseConstant<Act>) {
-      if (call.mask) return run(Gradient<T, Act, Source::kMask>(call));
+      if (call.mask) return run(Gradient<T, Act, Source::kMask>(first));
     }
     if constexpr (!std::is_same_v<Act, Identity>) {
-      if (call.residual) return run(Gradient<T, Act, Source::kResidual>(call));
+      if (call.residual) return run(Gradient<T, Act, Source::kResidual>(first));
     }
-    run(Gradient<T, Act, Source::kInput>(call));
+    run(Gradient<T, Act, Source::kInput>(first));
   });
 }
 

@@ -26,7 +26,6 @@ struct ForwardKernel {
   virtual void chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a) const = 0;
   virtual void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
                     const RowAffine<F>& a) const = 0;
-  virtual void extreme(int64_t c) const = 0;
 
  protected:
   ~ForwardKernel() = default;
@@ -132,31 +131,6 @@ struct Apply final : ForwardKernel<T> {
       if (column < end) columns<1, false, false>(width, tile, tile_end, column, end - column, a);
     }
   }
-
-  // A channel whose values or squares leave the range of float: one by one, in double.
-  void extreme(int64_t c) const override {
-    const Geometry& g = call.geometry;
-    const double mean = call.mean[c], rstd = rstd_of(call, call.var[c]);
-    const double scale = rstd * (call.weight ? static_cast<double>(call.weight[c]) : 1.0);
-    const double offset = call.bias ? static_cast<double>(call.bias[c]) : 0.0;
-    for (int64_t o = 0; o < g.outer; ++o) {
-      for (int64_t i = 0; i < g.inner; ++i) {
-        const int64_t at = (o * g.channels + c) * g.inner + i;
-        double z = (static_cast<double>(call.x[at]) - mean) * scale + offset;
-        if constexpr (kResidual) z += static_cast<double>(call.residual[at]);
-        if constexpr (kMask) {
-          const bool rows = walks_rows(g);
-          const int64_t bit = rows ? c * g.inner + i : i;
-          uint8_t* row = call.mask + (rows ? o : o * g.channels + c) * mask_row_bytes(g);
-          const bool passes = to_bits<double>(Act::template passes<double>(splat(z))) & 1;
-          row[bit / 8] = static_cast<uint8_t>((row[bit / 8] & ~(1u << bit % 8)) |
-                                              (static_cast<unsigned>(passes) << bit % 8));
-        }
-        call.y[at] = static_cast<T>(static_cast<F>(
-            Act::template value<double>(splat(z), static_cast<double>(call.act_param))[0]));
-      }
-    }
-  }
 };
 
 // Mean and variance of a channel in double, value by value: where float sums overflowed.
@@ -177,6 +151,28 @@ Moments slow_moments(const ForwardCall<T>& call, int64_t c) {
     (pass == 0 ? result.mean : result.m2) = pass == 0 ? total / result.count : total;
   }
   return result;
+}
+
+// A channel whose values or squares leave the range of float: one by one, in double.
+template <typename T>
+void forward_extreme(const ForwardCall<T>& call, int64_t c) {
+  const Geometry& g = call.geometry;
+  const double mean = call.mean[c], rstd = rstd_of(call, call.var[c]);
+  const double scale = rstd * (call.weight ? static_cast<double>(call.weight[c]) : 1.0);
+  const double offset = call.bias ? static_cast<double>(call.bias[c]) : 0.0;
+  for (int64_t o = 0; o < g.outer; ++o) {
+    for (int64_t i = 0; i < g.inner; ++i) {
+      const int64_t at = (o * g.channels + c) * g.inner + i;
+      double z = (static_cast<double>(call.x[at]) - mean) * scale + offset;
+      if (call.residual) z += static_cast<double>(call.residual[at]);
+      if (call.mask) {
+        const bool passes = activation_gradient(call.act, 1, z, 0) == 1;
+        write_bit(call.mask + mask_row_begin(g, o, c), mask_column(g, c, i), passes);
+      }
+      call.y[at] = static_cast<T>(
+          static_cast<Compute<T>>(activation_value(call.act, z, call.act_param)));
+    }
+  }
 }
 
 template <typename T>
@@ -237,7 +233,7 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
     bool extreme[16];
     for (int64_t c = begin; c < end; ++c) {
       extreme[c - begin] = is_extreme(call.mean[c], call.var[c]);
-      if (extreme[c - begin] && segment == 0) kernel.extreme(c);
+      if (extreme[c - begin] && segment == 0) forward_extreme(call, c);
       affine[c - begin] =
           affine_of(call.mean[c], rstd_of(call, call.var[c]), call.weight, call.bias, c);
     }
@@ -327,7 +323,7 @@ void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
     });
   }
   for (int64_t c = 0; c < g.channels; ++c) {
-    if (is_extreme(call.mean[c], call.var[c])) kernel.extreme(c);
+    if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
   }
 }
 

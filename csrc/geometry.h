@@ -92,10 +92,11 @@ struct RowWalk {
       fold *= 2, width *= 2, rows /= 2;
     }
     // Columns in groups whose slab stays in the second-level cache between the two sweeps; where
-    // that is impossible or leaves too few groups, one group, and rows cut into segments.
+    // that is impossible, leaves too few groups or would part the copies of a folded channel, one
+    // group, and rows cut into segments.
     const int64_t unit = 64 * g.inner;  // whole channels, whole vectors
     group = ((int64_t{384} << 10) / std::max<int64_t>(1, rows * item)) / unit * unit;
-    if (group < unit || ceil_div(width, group) < 8) group = width;
+    if (fold > 1 || group < unit || ceil_div(width, group) < 8) group = width;
     segments = group < width ? 1 : std::clamp<int64_t>(rows / 64, 1, kMaxSegments);
   }
 

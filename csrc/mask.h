@@ -35,4 +35,11 @@ inline uint32_t read_bits(const uint8_t* row, int64_t i, int64_t count) {
   }
 }
 
+inline void write_bit(uint8_t* row, int64_t i, bool value) {
+  const unsigned bit = 1u << (i % 8);
+  row[i / 8] = static_cast<uint8_t>(value ? row[i / 8] | bit : row[i / 8] & ~bit);
+}
+
+inline bool read_bit(const uint8_t* row, int64_t i) { return row[i / 8] >> (i % 8) & 1; }
+
 }  // namespace normally

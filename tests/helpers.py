@@ -320,6 +320,7 @@ def _check_gradients(
         size = sizes[index]
         if index == 3 and leaf.shape != dz.shape:
             # autograd sums what was already rounded to the residual's dtype
-            size = dz.sum_to_size(leaf.shape) * (rounding(leaf.dtype) / arithmetic(leaf.dtype))
+            cast = rounding(leaf.dtype) / arithmetic(leaf.dtype)
+            size = dz.sum_to_size(leaf.shape) * max(1.0, cast)
         arithmetic_of = leaves[0].dtype  # type: ignore[union-attr]
         assert_within(found, expected, inner * size, arithmetic_of, f"gradient of {names[index]}")

@@ -61,25 +61,34 @@ def bench(
     dtypes: Annotated[str, typer.Option(help="Such as float32,bfloat16.")] = "float32,bfloat16",
     layouts: Annotated[str, typer.Option()] = "contiguous,channels_last",
     threads: Annotated[
-        str | None, typer.Option(help="Such as 1,2; default: what torch uses.")
+        str | None,
+        typer.Option(help="Such as 1,2; default: what torch uses, and 1 too in a full run."),
     ] = None,
-    budget: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    budget: Annotated[
+        str, typer.Option(help="quick (about two minutes) or full (about ten).")
+    ] = "quick",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write numbers here.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a page here.")] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Measure torch.compile of torch's layers too.")
     ] = False,
 ) -> None:
-    """Time our operators against torch's on this machine."""
+    """Time our operators against torch's on this machine; Ctrl-C keeps what was measured.
+
+    Exit status 0, 1 where something raised, 2 for options that make no sense, 130 after Ctrl-C.
+    """
     from . import bench as benchmarks
 
+    counts = _split(threads or "")
+    if not all(count.isdecimal() for count in counts):
+        raise typer.BadParameter(f"bench: threads must be whole numbers. Got threads={threads}.")
     try:
         status = benchmarks.run(
             operators or (),
             shapes=_split(shapes) if shapes else None,
             dtypes=_split(dtypes),
             layouts=_split(layouts),
-            threads=[int(count) for count in _split(threads)] if threads else None,
+            threads=[int(count) for count in counts] or None,
             budget=budget,
             json_path=json_path,
             html_path=html_path,

@@ -25,8 +25,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda z, _: F.silu(z),
     "gelu": lambda z, _: F.gelu(z),
     "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "hardsigmoid": lambda z, _: F.hardsigmoid(z),
+    # Spelled out: torch's own derivatives of these two use 1/6 in float32 even for float64.
+    "hardswish": lambda z, _: z * F.relu6(z + 3) / 6,
+    "hardsigmoid": lambda z, _: F.relu6(z + 3) / 6,
     "sigmoid": lambda z, _: torch.sigmoid(z),
     "tanh": lambda z, _: torch.tanh(z),
 }

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +90,21 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Card:
-    """One number that matters: `tone` is "good", "bad", "unsure" or "neutral"."""
+    """One number that matters.
+
+    Args:
+        label: what it is.
+        value: the number with its unit, or a word.
+        note: a line below it.
+        tone: "good", "bad", "unsure" or "neutral".
+        link: a relative address behind the label.
+    """
 
     label: str
     value: str
     note: str = ""
     tone: str = "neutral"
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,6 @@ class Page:
         tone: the badge's tone, as in `Card`.
         cards: the numbers that matter.
         footer: lines at the end: machine, versions, how to make the page again.
-        links: (text, address) pairs to neighbouring pages, relative.
     """
 
     title: str
@@ -186,7 +194,6 @@ class Page:
     tone: str = "neutral"
     cards: Sequence[Card] = ()
     footer: Sequence[str] = ()
-    links: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
 @contextmanager
@@ -248,7 +255,7 @@ def write(page: Page, path: str | os.PathLike[str], figures: bool = True) -> Pat
 def standalone(figure: Figure) -> str:
     """The figure as one SVG file: legend, then the panels in rows, on white."""
     panels = [_svg(canvas) for canvas in figure.panels]
-    sizes = [(float(w), float(h)) for w, h in (_size(text) for text in panels)]
+    sizes = [_size(text) for text in panels]
     columns = min(figure.columns, len(panels))
     cell_width = max(width for width, _ in sizes) + 12
     cell_height = max(height for _, height in sizes) + 12
@@ -273,6 +280,10 @@ def standalone(figure: Figure) -> str:
         row, column = divmod(index, columns)
         place = f'x="{12 + column * cell_width:g}" y="{top + row * cell_height:g}"'
         text = _unique_ids(text, f"{figure.name}-{index}-")
+        w, h = sizes[index]
+        # matplotlib writes points, which here would count as 4/3 of a unit.
+        text = re.sub(r'\bwidth="[^"]*"', f'width="{w:g}"', text, count=1)
+        text = re.sub(r'\bheight="[^"]*"', f'height="{h:g}"', text, count=1)
         parts.append(text.replace("<svg ", f"<svg {place} ", 1))
     return "\n".join([*parts, "</svg>", ""])
 
@@ -292,10 +303,10 @@ def _svg(canvas: Canvas) -> str:
     return text[text.index("<svg ") :].strip()
 
 
-def _size(svg: str) -> tuple[str, str]:
+def _size(svg: str) -> tuple[float, float]:
     found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert found is not None  # matplotlib always writes one
-    return found[1], found[2]
+    return float(found[1]), float(found[2])
 
 
 def _unique_ids(svg: str, prefix: str) -> str:
@@ -330,6 +341,7 @@ def _marked(text: str) -> str:
     import markupsafe
 
     text = html.escape(text, quote=False)
+    text = re.sub(r"(?<=\d) (?=[%×])", "\N{NO-BREAK SPACE}", text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return markupsafe.Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text))
 

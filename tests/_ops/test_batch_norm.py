@@ -63,6 +63,8 @@ def backward_arguments(forward: tuple[Any, ...], need: int = NEED_ALL) -> tuple[
     x, weight, bias, residual, mean, _, eps, correction, act, param, _ = forward
     output, stats, mask = OP(*forward)
     has_mask = mask.numel() > 0
+    if residual is None:
+        need &= ~operators.NEED_RESIDUAL
     g = torch.empty_like(output).copy_(values(tuple(x.shape), x.dtype, seed=3))
     return (
         g, x.detach(), weight, bias, None if has_mask else residual, mask if has_mask else None,
@@ -70,6 +72,7 @@ def backward_arguments(forward: tuple[Any, ...], need: int = NEED_ALL) -> tuple[
     )  # fmt: skip
 
 
+QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 SHAPES = [(4, 3), (3, 2, 5), (2, 3, 4, 5), (2, 3, 2, 3, 2), (0, 3, 4), (5, 1, 3), (2, 17, 2, 2)]
 
 
@@ -86,7 +89,9 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             x, act=ACTS[(index + SHAPES.index(shape)) % len(ACTS)], training=index % 3 != 0,
             with_residual=index % 2 == 0, affine=index % 4 != 3, requires_grad=True,
         )  # fmt: skip
-        torch.library.opcheck(OP, given, atol=1e-2, rtol=1e-2)
+        # Tracing takes most of the time; its result depends on the layout by the strides alone.
+        utils = QUICK if index > 1 else (*QUICK, "test_aot_dispatch_dynamic")
+        torch.library.opcheck(OP, given, test_utils=utils, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,7 +110,8 @@ def test_opcheck_of_the_backward(shape: tuple[int, ...], dtype: torch.dtype) -> 
         for position in range(5):
             if given[position] is not None:
                 given[position] = given[position].detach().requires_grad_()
-        torch.library.opcheck(BACKWARD, tuple(given), atol=1e-2, rtol=1e-2)
+        utils = QUICK if index else (*QUICK, "test_aot_dispatch_dynamic")
+        torch.library.opcheck(BACKWARD, tuple(given), test_utils=utils, atol=1e-2, rtol=1e-2)
 
 
 @needs_native
@@ -137,8 +143,13 @@ def test_fake_strides_are_the_real_ones(shape: tuple[int, ...]) -> None:
                 )
             for ours, shown in zip(real, fake, strict=True):
                 assert ours.shape == shown.shape, layout
-                assert ours.stride() == shown.stride(), layout
+                assert strides(ours) == strides(shown), layout
                 assert ours.dtype is shown.dtype, layout
+
+
+def strides(x: Tensor) -> list[int]:
+    """Those that mean something: along a dimension of 1 nobody walks."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:

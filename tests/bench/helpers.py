@@ -33,6 +33,7 @@ MACHINE: dict[str, Any] = {
     "cpu": "a processor",
     "cores": 2,
     "threads": 2,
+    "load": 0.1,
     "caches": {"L1": 32 << 10, "L2": 1 << 20},
     "instruction_set": "AVX2",
     "transparent_huge_pages": "madvise",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +145,13 @@ def test_no_number_is_cut_at_any_width(width):
     assert "Above the floor's goal" in text
 
 
+def test_a_busy_machine_is_named():
+    results = make_results([])
+    assert not any("CAUTION" in line for line in table.machine_lines(results))
+    results.machine = {**results.machine, "load": 1.7}
+    assert any("CAUTION: other programs kept 1.7" in line for line in table.machine_lines(results))
+
+
 def test_a_pipe_has_room_for_every_column(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert table.console(io.StringIO()).width == 160
@@ -170,3 +179,13 @@ def test_torch_compile_is_a_contender(monkeypatch, capsys):
     options = {"dtypes": ["float32"], "layouts": ["contiguous"], "threads": 1}
     assert run(budget=TINY, compile=True, **options) == 0
     assert "Where torch.compile is faster" in capsys.readouterr().out
+
+
+def test_the_readme_names_every_field():
+    readme = Path(__file__).parents[2] / "benchmarks" / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    results = make_results([make_record(all_cases()[0], 2.0, 1000)])
+    data = json.loads(results.to_json())
+    fields = [*data, *data["machine"], *data["options"], *data["copy"][0], *data["records"][0]]
+    fields += data["records"][0]["timings"]["normally"]
+    assert [name for name in fields if name not in text] == []

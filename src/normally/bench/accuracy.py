@@ -7,7 +7,7 @@ scale. Rounding an input to a half dtype comes before the exact result: it is no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,54 +17,58 @@ from .operator import Case, Operator
 
 #: |mean|/std of the inputs.
 RATIOS = (1.0, 1e3, 1e5)
-_FEWEST_CHANNELS = 32  # at least a vector of them, and GroupNorm's 32 groups
+_FEWEST_CHANNELS = 16  # a vector of them
 
 
-def sample_size(size: Sequence[int], limit: int) -> tuple[int, ...]:
+def sample_size(
+    size: Sequence[int], limit: int, fewest_channels: int = _FEWEST_CHANNELS
+) -> tuple[int, ...]:
     """A smaller size whose comparison is cheap: fewer samples, then fewer channels.
 
     Positions stay whole, since the length of a sum is what the error grows with.
 
     >>> sample_size((32, 64, 112, 112), 1 << 20)
-    (2, 32, 112, 112)
+    (1, 64, 112, 112)
     >>> sample_size((2, 16, 8, 8), 1 << 20)
     (2, 16, 8, 8)
     """
     first, channels, *positions = size
     per_channel = math.prod(positions)
-    if first > 2:
-        first = min(first, max(2, limit // (channels * per_channel)))
-    while first * channels * per_channel > limit and channels % 2 == 0:
-        if channels // 2 < _FEWEST_CHANNELS:
-            break
+    first = min(first, max(1, limit // (channels * per_channel)))
+    while first * channels * per_channel > limit and channels % (2 * fewest_channels) == 0:
         channels //= 2
     return (first, channels, *positions)
 
 
 def errors(
-    operator: Operator, case: Case, build: Callable[[Case], nn.Module], limit: int
-) -> dict[str, float | None]:
-    """Largest |output - exact| for each of `RATIOS`, under "1", "1e+03" and "1e+05".
+    operator: Operator, case: Case, builds: Mapping[str, Callable[[Case], nn.Module]], limit: int
+) -> dict[str, dict[str, float | None]]:
+    """For each contender the largest |output - exact| at `RATIOS`: "1", "1e+03" and "1e+05".
 
     Infinity where the result is not finite and the exact one is; None where the dtype cannot hold
-    the inputs. Every contender gets the same numbers.
+    the inputs. Every contender gets the same numbers, on about `limit` elements.
     """
-    case = replace(case, shape=replace(case.shape, size=sample_size(case.shape.size, limit)))
-    module = build(case).train(case.mode != "evaluation")
-    found: dict[str, float | None] = {}
+    fewest = case.shape.options.get("num_groups", _FEWEST_CHANNELS)
+    size = sample_size(case.shape.size, limit, fewest)
+    case = replace(case, shape=replace(case.shape, size=size))
+    modules = {name: build(case) for name, build in builds.items()}
+    found: dict[str, dict[str, float | None]] = {name: {} for name in builds}
     for ratio in RATIOS:
-        inputs = make_inputs(case, torch.Generator().manual_seed(int(ratio)), mean=ratio)
         key = "1" if ratio == 1 else f"{ratio:.0e}"
-        if not all(tensor.isfinite().all() for tensor in inputs):
-            found[key] = None
-            continue
-        with torch.no_grad():
-            if not module.training:
-                operator.fit(module, inputs[0])
-            # Before the call, which may update what the exact result is computed from.
-            exact = operator.exact(module, inputs)
-            largest = (module(*inputs).double() - exact).abs().max().item()
-        found[key] = largest if math.isfinite(largest) else math.inf
+        inputs = make_inputs(case, torch.Generator().manual_seed(int(ratio)), mean=ratio)
+        finite = all(tensor.isfinite().all() for tensor in inputs)
+        exact = None
+        for name, module in modules.items():
+            found[name][key] = None
+            if not finite:
+                continue
+            with torch.no_grad():
+                if case.mode == "evaluation":
+                    operator.fit(module.eval(), inputs[0])
+                if exact is None:  # fresh modules of one composition hold the same parameters
+                    exact = operator.exact(module, inputs)
+                largest = (module(*inputs).double() - exact).abs().max().item()
+            found[name][key] = largest if math.isfinite(largest) else math.inf
     return found
 
 

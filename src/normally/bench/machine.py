@@ -58,6 +58,7 @@ def describe() -> dict[str, object]:
         "cpu": _cpu_model(),
         "cores": _usable_cores(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "caches": {cache.name: cache.bytes for cache in (caches() or [last_level_cache()])},
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "transparent_huge_pages": _chosen(_THP),

@@ -16,6 +16,7 @@ from .results import COMPILED, OURS, TORCH, CopySpeed, Record, Results, Timing
 from .yardstick import ColdCopy
 
 Tell = Callable[[Case], object]
+Errors = dict[str, dict[str, float | None]]  # by contender, then by mean/std
 
 
 class Session:
@@ -31,7 +32,7 @@ class Session:
         self.compile = compile
         self._cache_bytes = cache.bytes
         self._copy = ColdCopy(cache.total_bytes, budget.copy_piece)
-        self._errors: dict[tuple[Case, str], dict[str, float | None]] = {}
+        self._errors: dict[tuple[Case, tuple[str, ...]], Errors] = {}
         self._copies: dict[tuple[str, int], list[float]] = {}
 
     def measure(self, operator: Operator, group: Sequence[Case], tell: Tell) -> None:
@@ -91,8 +92,9 @@ class Session:
                     steps[name] = step
             times = interleave(steps, self.budget) if steps else {}
         facts: dict[str, dict[str, Any]] = {}
+        errors = self._measure_errors(operator, case, tuple(steps))
         for name, step in steps.items():
-            facts[name] = {"error": self._error(operator, case, name)}
+            facts[name] = {"error": errors.get(name)}
             if case.mode == "forward_backward" and name != COMPILED:
                 facts[name]["saved_bytes"] = memory.saved_bytes(modules[name], inputs)
                 facts[name]["peak_bytes"] = memory.peak_bytes(step)
@@ -119,17 +121,17 @@ class Session:
             failed=failed,
         )
 
-    def _error(self, operator: Operator, case: Case, name: str) -> dict[str, float | None] | None:
-        """Once for training and once for evaluation; torch.compile's is torch's."""
-        if name == COMPILED:
-            return None
+    def _measure_errors(self, operator: Operator, case: Case, names: tuple[str, ...]) -> Errors:
+        """Once for training and once for evaluation; torch.compile's would be torch's."""
         mode = "evaluation" if case.mode == "evaluation" else "forward"
-        case = replace(case, mode=mode, threads=0)
-        if (case, name) not in self._errors:
-            build = operator.ours if name == OURS else operator.theirs
-            found = accuracy.errors(operator, case, build, self.budget.error_elements)
-            self._errors[case, name] = found
-        return self._errors[case, name]
+        key = (replace(case, mode=mode, threads=0), names)
+        if key not in self._errors:
+            available = {OURS: operator.ours, TORCH: operator.theirs}
+            builds = {name: build for name, build in available.items() if name in names}
+            self._errors[key] = accuracy.errors(
+                operator, key[0], builds, self.budget.error_elements
+            )
+        return self._errors[key]
 
     def _measure_copy(self, dtype: str, threads: int) -> None:
         """Enter this group's copies; the yardstick is the median over the whole run."""

@@ -17,6 +17,7 @@ from .operator import Operator
 from .results import COMPILED, OURS, TORCH, Record, Results
 
 _FULL_WIDTH = 160  # from here on every column has room; also the width of a pipe
+_BUSY = 0.5  # cores in use before the run began, as the load average of a minute
 _NAMES = {"forward": "forward", "forward_backward": "forward+backward", "evaluation": "evaluation"}
 
 
@@ -57,6 +58,12 @@ def machine_lines(results: Results) -> list[str]:
         f"{m['system']}, transparent huge pages: {m['transparent_huge_pages']}",
         f"Python {m['python']}, torch {m['torch']}, normally {m['normally']} ({m['backend']})",
     ]
+    # Two busy programs on as many cores make torch's threads wait for each other: 100 times slower.
+    if m["load"] is not None and m["load"] > _BUSY:
+        lines.append(
+            f"CAUTION: other programs kept {m['load']:.1f} cores busy when the run began; "
+            "ratios of a busy machine mean little"
+        )
     for copy in results.copy:
         speed = copy.bytes_per_second
         lines.append(

@@ -39,13 +39,17 @@ def _reached(thing: Any, seen: set[int]) -> Iterator[str]:
     yield inspect.getsource(thing)
     if not isinstance(thing, FunctionType):
         return
-    package = thing.__module__.partition(".")[0]
+    package = _package(thing)
     for name in sorted(_names(thing.__code__)):
         used = thing.__globals__.get(name)
         if isinstance(used, bool | int | float | str | tuple):
             yield f"{name}={used!r}"
-        elif isinstance(used, FunctionType | type) and used.__module__.startswith(package):
+        elif isinstance(used, FunctionType | type) and _package(used) == package:
             yield from _reached(used, seen)
+
+
+def _package(thing: FunctionType | type) -> str:
+    return thing.__module__.partition(".")[0]
 
 
 def _names(code: CodeType) -> set[str]:

@@ -2,7 +2,9 @@
 
 The text below was written before the runs that decide. The learning rates were chosen in trial
 runs with other seeds (101 to 103): 0.03 trains the plain network surely but slowly, 0.3 is about
-its best, 1 is where it stops being dependable.
+its best, 2 is too large for it. A first version had 1 in place of 2. That is the edge: whether the
+plain network trains there hangs on the seed and even on the rounding, so that three seeds gave
+"inconclusive" and five "holds".
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from normally.lab.training import (
     evaluate,
     evaluate_with_batch_statistics,
     lenet,
+    one_thread,
     train_epoch,
 )
 from normally.lab.verdict import Criterion, Effect, Verdict, bootstrap, decide, paired_effect
 
-SMALL, MIDDLE, LARGE = 0.03, 0.3, 1.0
+SMALL, MIDDLE, LARGE = 0.03, 0.3, 2.0
 RATES = (SMALL, MIDDLE, LARGE)
 GOAL = 0.9  # test accuracy whose first epoch is counted
 
@@ -48,7 +51,8 @@ EXPERIMENT = Experiment(
         "With batch normalization: `normally.nn.BatchNorm1d/2d` with fused ReLU after the first "
         "four layers, torch's defaults (eps 1e-5, momentum 0.1). Nothing else differs; both start "
         "from the same weights and see the same batches.",
-        "Plain SGD, batches of 64, no momentum, no weight decay, no schedule; cross-entropy.",
+        "Plain SGD, batches of 64, no momentum, no weight decay, no schedule; cross-entropy; one "
+        "thread.",
         f"Learning rates {SMALL:g}, {MIDDLE:g} and {LARGE:g}; {MIDDLE:g} is close to the plain "
         "network's best and serves as a control: no threshold rests on it.",
         "Test accuracy after every epoch with running statistics; beside it with the statistics "
@@ -66,7 +70,7 @@ EXPERIMENT = Experiment(
     ],
     variants=[*(f"{side}-lr{rate:g}" for rate in RATES for side in ("norm", "plain")), "speed"],
     budgets={
-        "quick": {"seeds": 5, "epochs": 20, "batch_size": 64, "timing_seconds": 0.4},
+        "quick": {"seeds": 3, "epochs": 20, "batch_size": 64, "timing_seconds": 0.5},
         "full": {"seeds": 15, "epochs": 40, "batch_size": 64, "timing_seconds": 1.0},
     },
 )
@@ -91,6 +95,11 @@ def measure(run: Run) -> Record:
         pairs = [_time(*shape, run.budget["timing_seconds"]) for shape in SHAPES]
         backend, threads = normally.backends()["cpu"], torch.get_num_threads()
         return {"pairs": pairs, "backend": f"{backend}, threads: {threads}"}
+    with one_thread():
+        return _train(run)
+
+
+def _train(run: Run) -> Record:
     side, _, rate = run.variant.partition("-lr")
     batch_size = run.budget["batch_size"]
     model = lenet(run.data.train_x.shape[-1], norm=side == "norm")
@@ -221,7 +230,8 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
 
 
 def _range(effect: Effect) -> str:
-    return f"95 % interval {number(effect.low)} to {number(effect.high)}"
+    low, high = number(effect.low), number(effect.high)
+    return f"95 % interval {low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high}"
 
 
 def _training_section(results: Results) -> report.Section:
@@ -425,7 +435,7 @@ def _timings(results: Results, shape: int) -> list[tuple[float, float]]:
 
 
 def _speed_section(results: Results, speeds: Sequence[Effect]) -> report.Section:
-    canvas, axes = report.panel("torch's time / ours (1 = equal)", "", width=8.6, height=3.1)
+    canvas, axes = report.panel("torch's time / ours (1 = equal)", "", width=6.2, height=3.1)
     intervals(
         axes,
         [speed.name for speed in speeds],

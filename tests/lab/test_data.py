@@ -1,0 +1,74 @@
+import gzip
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from normally.lab.data import load
+
+NAMES = {
+    "train-images-idx3-ubyte.gz": (20, 28, 28),
+    "train-labels-idx1-ubyte.gz": (20,),
+    "t10k-images-idx3-ubyte.gz": (10, 28, 28),
+    "t10k-labels-idx1-ubyte.gz": (10,),
+}
+
+
+def write_idx(path, shape, cut=0):
+    values = np.random.default_rng(0).integers(0, 10, shape).astype(np.uint8)
+    header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
+    path.write_bytes(gzip.compress(header + values.tobytes()[: values.size - cut]))
+
+
+def test_digits_are_normalized_and_split_without_overlap():
+    data = load("digits")
+    assert data.train_x.shape == (1437, 1, 8, 8)
+    assert data.test_x.shape == (360, 1, 8, 8)
+    assert data.train_x.dtype == torch.float32
+    assert data.train_x.mean().item() == pytest.approx(0, abs=1e-6)
+    assert data.train_x.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+    # Stratified: every class has its share of the 360.
+    assert data.test_y.bincount().tolist() == pytest.approx([36] * 10, abs=2)
+    assert torch.equal(load("digits").test_x, data.test_x)
+
+
+@pytest.mark.parametrize("folder", ["", "fashion-mnist-part"])
+def test_fashion_mnist_is_read_from_the_folder_or_one_below(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name, shape in NAMES.items():
+        write_idx(tmp_path / folder / name, shape)
+    monkeypatch.setenv("NORMALLY_DATA", str(tmp_path))
+    data = load("fashion-mnist")
+    assert data.train_x.shape == (20, 1, 28, 28)
+    assert data.test_y.shape == (10,)
+    expected = np.random.default_rng(0).integers(0, 10, (10,))
+    assert data.test_y.tolist() == expected.tolist()
+
+
+def test_a_file_cut_short_is_named(tmp_path, monkeypatch):
+    for name, shape in NAMES.items():
+        write_idx(tmp_path / name, shape, cut=3 if name.startswith("t10k-images") else 0)
+    monkeypatch.setenv("NORMALLY_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"t10k-images.*must hold.*cut short"):
+        load("fashion-mnist")
+
+
+def test_without_the_folder_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("NORMALLY_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match="set the environment variable NORMALLY_DATA"):
+        load("fashion-mnist")
+    monkeypatch.setenv("NORMALLY_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="is not in NORMALLY_DATA="):
+        load("fashion-mnist")
+
+
+@pytest.mark.skipif(
+    not os.environ.get("NORMALLY_DATA"),
+    reason="NORMALLY_DATA, the folder with the real Fashion-MNIST images, is not set",
+)
+def test_the_real_fashion_mnist_has_its_ten_classes():
+    data = load("fashion-mnist")
+    assert data.train_x.shape[1:] == (1, 28, 28)
+    assert data.train_y.unique().tolist() == list(range(10))

@@ -1,0 +1,40 @@
+import pytest
+
+from normally.lab.fingerprint import fingerprint
+
+RATE = 0.1
+
+
+def helper(x):
+    return x * RATE
+
+
+def measure(run):
+    def inner():
+        return helper(run)
+
+    return inner()
+
+
+def test_it_is_stable_and_takes_no_notice_of_the_number_of_seeds():
+    one = fingerprint(measure, "digits", {"seeds": 3, "epochs": 2})
+    assert one == fingerprint(measure, "digits", {"epochs": 2, "seeds": 9})
+
+
+@pytest.mark.parametrize("name", ["RATE", "helper"])
+def test_a_constant_and_a_function_used_at_depth_count(monkeypatch, name):
+    before = fingerprint(measure, "digits", {})
+    changed = {"RATE": 0.2, "helper": lambda x: -x}[name]
+    if name == "helper":
+        changed.__module__ = measure.__module__
+    monkeypatch.setitem(globals(), name, changed)
+    assert fingerprint(measure, "digits", {}) != before
+
+
+def test_data_and_settings_count():
+    made = {
+        fingerprint(measure, data, {"epochs": epochs})
+        for data in ("digits", "fashion-mnist")
+        for epochs in (1, 2)
+    }
+    assert len(made) == 4
