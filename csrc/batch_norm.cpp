@@ -5,18 +5,23 @@
 
 #include <tuple>
 
-#include "tensors.h"
+#include "running_stats.h"
 
 namespace normally {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 enum Need : int64_t { kNeedInput = 1, kNeedParameters = 2, kNeedResidual = 4 };
 
-void check_channels(const OptionalTensor& t, const Tensor& input, const char* name) {
-  STD_TORCH_CHECK(!t || (t->dim() == 1 && t->size(0) == input.size(1)), "normally::batch_norm: ",
-                  name, " must have one element a channel");
+// A parameter: one element a channel, of the input's dtype or float32 for a half input. The texts
+// are short because functional.batch_norm says it again at length.
+void check_parameter(const OptionalTensor& t, const Tensor& input, const char* name) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == input.size(1), "normally::batch_norm: ", name,
+                  " must have one element a channel");
+  const ScalarType dtype = t->scalar_type(), own = input.scalar_type();
+  const bool half = own == ScalarType::Half || own == ScalarType::BFloat16;
+  STD_TORCH_CHECK(dtype == own || (half && dtype == ScalarType::Float), "normally::batch_norm: ",
+                  name, " has a dtype that does not go with the input's");
 }
 
 void check_like(const OptionalTensor& t, const Tensor& input, const char* name) {
@@ -43,10 +48,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     OptionalTensor mean, OptionalTensor var, double eps, int64_t correction, int64_t act,
     double act_param, bool save_mask) {
   STD_TORCH_CHECK(input.dim() >= 2, "normally::batch_norm: input must have 2 dimensions or more");
-  check_channels(weight, input, "weight");
-  check_channels(bias, input, "bias");
-  check_channels(mean, input, "mean");
-  check_channels(var, input, "var");
+  check_parameter(weight, input, "weight");
+  check_parameter(bias, input, "bias");
+  check_buffers(mean, var, std::nullopt, input.size(1));
   check_like(residual, input, "residual");
   STD_TORCH_CHECK(mean.has_value() == var.has_value(),
                   "normally::batch_norm: mean and var come together");
@@ -54,14 +58,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const Tensor x = is_dense(input) ? input : torch::stable::clone(input);
   Tensor output = fresh_like(x);
   const Geometry geometry = geometry_of(output);
-  Tensor stats = torch::stable::new_empty(input, {2, geometry.channels}, ScalarType::Double);
+  Tensor stats = empty({2, geometry.channels}, {geometry.channels, 1}, ScalarType::Double);
   const int64_t mask_row = mask_row_bytes(geometry);
   const int64_t mask_rows =
       walks_rows(geometry) ? geometry.outer : geometry.outer * geometry.channels;
-  Tensor mask = save_mask
-                    ? torch::stable::new_empty(input, {geometry.numel() ? mask_rows : 0, mask_row},
-                                               ScalarType::Byte)
-                    : torch::stable::new_empty(input, {0, 0}, ScalarType::Byte);
+  Tensor mask = save_mask ? empty({mask_rows, mask_row}, {mask_row, 1}, ScalarType::Byte)
+                          : empty({0, 0}, {1, 1}, ScalarType::Byte);
   double* saved = static_cast<double*>(stats.mutable_data_ptr());
   if (mean) {
     const auto means = values_of<double>(*mean), vars = values_of<double>(*var);
@@ -96,12 +98,31 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {output, stats, mask};
 }
 
+std::tuple<Tensor, Tensor, Tensor> forward_and_update(
+    const Tensor& input, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
+    OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
+    OptionalTensor skipped_updates, std::optional<double> momentum, bool unbiased, double eps,
+    int64_t correction, int64_t act, double act_param, bool save_mask) {
+  STD_TORCH_CHECK(input.dim() >= 2, "normally::batch_norm: input must have 2 dimensions or more");
+  const int64_t channels = input.size(1);
+  const int64_t count = channels ? input.numel() / channels : 0;
+  STD_TORCH_CHECK(count == 0 || count > std::max<int64_t>(1, correction),
+                  "normally::batch_norm: too few values per channel");
+  STD_TORCH_CHECK(eps > 0, "normally::batch_norm: eps must be positive in training");
+  check_buffers(running_mean, running_var, skipped_updates, channels);
+  auto result = forward(input, weight, bias, residual, std::nullopt, std::nullopt, eps, correction,
+                        act, act_param, save_mask);
+  update_running_stats(running_mean, running_var, num_batches_tracked, skipped_updates,
+                       std::get<1>(result), count, momentum, unbiased);
+  return result;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& input, OptionalTensor weight, OptionalTensor bias,
     OptionalTensor residual, OptionalTensor mask, const Tensor& stats, bool training, double eps,
     int64_t correction, int64_t act, double act_param, int64_t need) {
-  check_channels(weight, input, "weight");
-  check_channels(bias, input, "bias");
+  check_parameter(weight, input, "weight");
+  check_parameter(bias, input, "bias");
   check_like(grad_output, input, "grad_output");
   check_like(residual, input, "residual");
   STD_TORCH_CHECK(stats.is_contiguous() && stats.scalar_type() == ScalarType::Double &&
@@ -114,8 +135,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dresidual = need & kNeedResidual ? fresh_like(x) : nothing_like(input);
   const bool wants_dweight = weight && need & kNeedParameters;
   const bool wants_dbias = bias && need & kNeedParameters;
-  Tensor dweight = wants_dweight ? torch::stable::empty_like(*weight) : nothing_like(input);
-  Tensor dbias = wants_dbias ? torch::stable::empty_like(*bias) : nothing_like(input);
+  Tensor dweight = wants_dweight ? empty({geometry.channels}, {1}, weight->scalar_type()) : nothing_like(input);
+  Tensor dbias = wants_dbias ? empty({geometry.channels}, {1}, bias->scalar_type()) : nothing_like(input);
   std::vector<double> dweights(wants_dweight ? geometry.channels : 0);
   std::vector<double> dbiases(wants_dbias ? geometry.channels : 0);
 
@@ -158,5 +179,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
 STABLE_TORCH_LIBRARY_IMPL(normally, CPU, m) {
   m.impl("batch_norm", TORCH_BOX(&normally::forward));
+  m.impl("batch_norm_and_update_", TORCH_BOX(&normally::forward_and_update));
   m.impl("batch_norm_backward", TORCH_BOX(&normally::backward));
 }

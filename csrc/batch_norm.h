@@ -75,8 +75,8 @@ inline Affine<F> affine_of(double mean, double rstd, const F* weight, const F* b
   };
 }
 
-// float sums of squares overflow, or x - mean does, for channels of this magnitude.
-inline bool is_extreme(double mean, double var) { return std::abs(mean) > 1e32 || var > 1e64; }
+// Channels whose x - mean, or rstd² in the backward, leaves the range of float.
+inline bool is_extreme(double mean, double var) { return std::abs(mean) > 1e37 || var > 1e30; }
 
 // The mask: bytes a row, where the row of a value begins, and the value's bit in it.
 inline int64_t mask_row_bytes(const Geometry& g) {

@@ -17,9 +17,6 @@
 namespace normally {
 namespace {
 
-// Where the activation's derivative comes from.
-enum class Source { kInput, kResidual, kMask };
-
 struct Sums {
   double g = 0, gx = 0;  // Σg and Σg·(x - mean)
 };
@@ -77,7 +74,7 @@ struct BackwardKernel {
   ~BackwardKernel() = default;
 };
 
-template <typename T, typename Act, Source kSource>
+template <typename T, typename Act, bool kMask>
 struct Gradient final : BackwardKernel<T> {
   using F = Compute<T>;
   static constexpr int64_t kWidth = kLanes<T>;
@@ -97,7 +94,7 @@ struct Gradient final : BackwardKernel<T> {
   Vec<F> g(Vec<F> centred, Vec<F> scale, Vec<F> offset, int64_t at, const uint8_t* mask, int64_t i,
            int count) const {
     const Vec<F> dy = get<kWhole>(call.dy + at, count);
-    if constexpr (kSource == Source::kMask) {
+    if constexpr (kMask) {
       const Bits<F> passes = from_bits<F>(read_bits<T>(mask, i, count));
       if constexpr (std::is_same_v<Act, LeakyRelu>) return select<F>(passes, dy, dy * p);
       return select<F>(passes, dy, Vec<F>{});
@@ -105,7 +102,7 @@ struct Gradient final : BackwardKernel<T> {
       return dy;
     } else {
       Vec<F> z = centred * scale + offset;
-      if constexpr (kSource == Source::kResidual) z += get<kWhole>(call.residual + at, count);
+      if (call.residual) z += get<kWhole>(call.residual + at, count);
       return Act::template gradient<F>(dy, z, p);
     }
   }
@@ -137,16 +134,16 @@ struct Gradient final : BackwardKernel<T> {
   }
 
   // One vector of the second sweep.
-  template <bool kStream, bool kWhole>
+  template <bool kWhole>
   void dx_vector(const Vec<F>& hi, const Vec<F>& lo, const Vec<F>& scale, const Vec<F>& offset,
                  const Vec<F>& constant, const Vec<F>& slope, int64_t at, const uint8_t* mask,
-                 int64_t i, int count) const {
+                 int64_t i, int count, bool streams) const {
     const Vec<F> centred = get<kWhole>(call.x + at, count) - hi - lo;
     Vec<F> value = g<kWhole>(centred, scale, offset, at, mask, i, count);
     value = value * scale - (centred * slope + constant);
     if constexpr (!kWhole) {
       store_first(call.dx + at, value, count);
-    } else if constexpr (kStream) {
+    } else if (streams) {
       store_streaming(call.dx + at, value);
     } else {
       store(call.dx + at, value);
@@ -178,24 +175,8 @@ struct Gradient final : BackwardKernel<T> {
     sums = local;
   }
 
-  template <bool kStream>
-  void dx_row(int64_t at, const uint8_t* mask, int64_t count, const Affine<F>& a,
-              const Slope<F>& s) const {
-    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale), offset = splat(a.offset);
-    const Vec<F> constant = splat(s.constant), slope = splat(s.slope);
-    int64_t i = 0;
-#pragma GCC unroll 2
-    for (; i + kWidth <= count; i += kWidth) {
-      dx_vector<kStream, true>(hi, lo, scale, offset, constant, slope, at + i, mask, i, kWidth);
-    }
-    if (i < count) {
-      dx_vector<false, false>(hi, lo, scale, offset, constant, slope, at + i, mask, i,
-                              static_cast<int>(count - i));
-    }
-  }
-
   const uint8_t* mask_at(int64_t row, int64_t begin) const {
-    return kSource == Source::kMask ? call.mask + row * mask_row_bytes(call.geometry) + begin / 8
+    return kMask ? call.mask + row * mask_row_bytes(call.geometry) + begin / 8
                                     : nullptr;
   }
 
@@ -206,11 +187,19 @@ struct Gradient final : BackwardKernel<T> {
 
   void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
                     const Slope<F>& s) const override {
+    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale), offset = splat(a.offset);
+    const Vec<F> constant = splat(s.constant), slope = splat(s.slope);
     const int64_t at = row * call.geometry.inner + begin;
-    if (stream && call.dy != call.dx && is_aligned(call.dx + at)) {
-      dx_row<true>(at, mask_at(row, begin), count, a, s);
-    } else {
-      dx_row<false>(at, mask_at(row, begin), count, a, s);
+    const uint8_t* mask = mask_at(row, begin);
+    const bool streams = stream && call.dy != call.dx && is_aligned(call.dx + at);
+    int64_t i = 0;
+#pragma GCC unroll 2
+    for (; i + kWidth <= count; i += kWidth) {
+      dx_vector<true>(hi, lo, scale, offset, constant, slope, at + i, mask, i, kWidth, streams);
+    }
+    if (i < count) {
+      dx_vector<false>(hi, lo, scale, offset, constant, slope, at + i, mask, i,
+                       static_cast<int>(count - i), false);
     }
   }
 
@@ -236,7 +225,7 @@ struct Gradient final : BackwardKernel<T> {
     }
     const int64_t mask_row = (width + 7) / 8;
     for (int64_t row = row_begin; row < row_end; ++row) {
-      const uint8_t* mask = kSource == Source::kMask ? call.mask + row * mask_row : nullptr;
+      const uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const int64_t j = column + k * kWidth;
@@ -251,9 +240,9 @@ struct Gradient final : BackwardKernel<T> {
     }
   }
 
-  template <int kVectors, bool kStream, bool kWhole>
+  template <int kVectors, bool kWhole>
   void dx_columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int count,
-                  const RowAffine<F>& a, const F* constant, const F* slope) const {
+                  const RowAffine<F>& a, const F* constant, const F* slope, bool streams) const {
     ColumnConstants constants[kVectors];
     Vec<F> constant_of[kVectors], slope_of[kVectors];
     for (int k = 0; k < kVectors; ++k) {
@@ -263,13 +252,13 @@ struct Gradient final : BackwardKernel<T> {
     }
     const int64_t mask_row = (width + 7) / 8;
     for (int64_t row = row_end - 1; row >= row_begin; --row) {
-      const uint8_t* mask = kSource == Source::kMask ? call.mask + row * mask_row : nullptr;
+      const uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const int64_t j = column + k * kWidth;
         const ColumnConstants& c = constants[k];
-        dx_vector<kStream, kWhole>(c.hi, c.lo, c.scale, c.offset, constant_of[k], slope_of[k],
-                                   row * width + j, mask, j, kWhole ? kWidth : count);
+        dx_vector<kWhole>(c.hi, c.lo, c.scale, c.offset, constant_of[k], slope_of[k],
+                          row * width + j, mask, j, kWhole ? kWidth : count, streams);
       }
     }
   }
@@ -305,18 +294,14 @@ struct Gradient final : BackwardKernel<T> {
       const int64_t tile = std::max(tile_end - kRowTile, row_begin);
       int64_t j = begin;
       for (; j + kTile * kWidth <= end; j += kTile * kWidth) {
-        if (streams) {
-          dx_columns<kTile, true, true>(width, tile, tile_end, j, 0, a, constant, slope);
-        } else {
-          dx_columns<kTile, false, true>(width, tile, tile_end, j, 0, a, constant, slope);
-        }
+        dx_columns<kTile, true>(width, tile, tile_end, j, 0, a, constant, slope, streams);
       }
       for (; j + kWidth <= end; j += kWidth) {
-        dx_columns<1, false, true>(width, tile, tile_end, j, 0, a, constant, slope);
+        dx_columns<1, true>(width, tile, tile_end, j, 0, a, constant, slope, streams);
       }
       if (j < end) {
-        dx_columns<1, false, false>(width, tile, tile_end, j, static_cast<int>(end - j), a, constant,
-                                    slope);
+        dx_columns<1, false>(width, tile, tile_end, j, static_cast<int>(end - j), a, constant, slope,
+                             false);
       }
     }
   }
@@ -539,7 +524,7 @@ void batch_norm_backward(const BackwardCall<T>& call) {
   first.g = call.dresidual;
   if (kExact && sums && !first.g && is_costly(call.act)) first.g = call.dx;
   if (kExact && first.g) second.dy = first.g;
-  const Gradient<T, Identity, Source::kInput> from_g(second);
+  const Gradient<T, Identity, false> from_g(second);
 
   const auto run = [&](const BackwardKernel<T>& kernel) {
     const bool reuses_g = second.dy != call.dy;
@@ -559,12 +544,9 @@ void batch_norm_backward(const BackwardCall<T>& call) {
   with_activation(call.act, [&](auto act) {
     using Act = decltype(act);
     if constexpr (kPiecewiseConstant<Act>) {
-      if (call.mask) return run(Gradient<T, Act, Source::kMask>(first));
+      if (call.mask) return run(Gradient<T, Act, true>(first));
     }
-    if constexpr (!std::is_same_v<Act, Identity>) {
-      if (call.residual) return run(Gradient<T, Act, Source::kResidual>(first));
-    }
-    run(Gradient<T, Act, Source::kInput>(first));
+    run(Gradient<T, Act, false>(first));
   });
 }
 

@@ -31,7 +31,7 @@ struct ForwardKernel {
   ~ForwardKernel() = default;
 };
 
-template <typename T, typename Act, bool kResidual, bool kMask>
+template <typename T, typename Act, bool kMask>
 struct Apply final : ForwardKernel<T> {
   using F = Compute<T>;
   static constexpr int64_t kWidth = kLanes<T>;
@@ -41,55 +41,49 @@ struct Apply final : ForwardKernel<T> {
   const bool stream = worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)));
 
   // One vector at element `i` of a row whose mask starts at `mask`; the first `count` lanes.
-  template <bool kStream, bool kWhole>
+  template <bool kWhole>
   void vector(Vec<F> hi, Vec<F> lo, Vec<F> scale, Vec<F> offset, const T* x, const T* residual,
-              T* y, uint8_t* mask, int64_t i, int64_t count) const {
+              T* y, uint8_t* mask, int64_t i, int64_t count, bool streams) const {
     const int lanes = static_cast<int>(count);
     Vec<F> z = ((kWhole ? load(x) : load_first(x, lanes)) - hi - lo) * scale + offset;
-    if constexpr (kResidual) z += kWhole ? load(residual) : load_first(residual, lanes);
+    if (residual) z += kWhole ? load(residual) : load_first(residual, lanes);
     if constexpr (kMask) write_bits<T>(mask, i, to_bits<F>(Act::template passes<F>(z)), count);
     z = Act::template value<F>(z, p);
     if constexpr (!kWhole) {
       store_first(y, z, lanes);
-    } else if constexpr (kStream) {
+    } else if (streams) {
       store_streaming(y, z);
     } else {
       store(y, z);
     }
   }
 
-  template <bool kStream>
-  void row(int64_t at, uint8_t* mask, int64_t count, const Affine<F>& a) const {
+  void chunk_row(int64_t row_index, int64_t begin, int64_t count,
+                 const Affine<F>& a) const override {
     const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale), offset = splat(a.offset);
+    const int64_t at = row_index * call.geometry.inner + begin;
     const T* x = call.x + at;
-    const T* residual = kResidual ? call.residual + at : nullptr;
+    const T* residual = call.residual ? call.residual + at : nullptr;
     T* y = call.y + at;
+    uint8_t* mask =
+        kMask ? call.mask + row_index * mask_row_bytes(call.geometry) + begin / 8 : nullptr;
+    const bool streams = stream && is_aligned(y);
     int64_t i = 0;
 #pragma GCC unroll 4
     for (; i + kWidth <= count; i += kWidth) {
-      vector<kStream, true>(hi, lo, scale, offset, x + i, residual + i, y + i, mask, i, kWidth);
+      vector<true>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+                   kWidth, streams);
     }
     if (i < count) {
-      vector<false, false>(hi, lo, scale, offset, x + i, residual + i, y + i, mask, i, count - i);
+      vector<false>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+                    count - i, false);
     }
   }
 
-  void chunk_row(int64_t row_index, int64_t begin, int64_t count,
-                 const Affine<F>& a) const override {
-    const int64_t at = row_index * call.geometry.inner + begin;
-    uint8_t* mask =
-        kMask ? call.mask + row_index * mask_row_bytes(call.geometry) + begin / 8 : nullptr;
-    if (stream && is_aligned(call.y + at)) {
-      row<true>(at, mask, count, a);
-    } else {
-      row<false>(at, mask, count, a);
-    }
-  }
-
-  // `kVectors` columns' worth of vectors down rows, from the last row to the first.
-  template <int kVectors, bool kStream, bool kWhole>
+  // `kVectors` vectors of columns, row by row.
+  template <int kVectors, bool kWhole>
   void columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int64_t count,
-               const RowAffine<F>& a) const {
+               const RowAffine<F>& a, bool streams) const {
     Vec<F> hi[kVectors], lo[kVectors], scale[kVectors], offset[kVectors];
     for (int k = 0; k < kVectors; ++k) {
       hi[k] = load(a.hi.data() + column + k * kWidth);
@@ -98,15 +92,19 @@ struct Apply final : ForwardKernel<T> {
       offset[k] = load(a.offset.data() + column + k * kWidth);
     }
     const int64_t mask_row = (width + 7) / 8;
-    for (int64_t row = row_end - 1; row >= row_begin; --row) {
+    // After statistics backwards, since what they read last is still in the cache; in evaluation
+    // forwards, as fresh pages come.
+    const int64_t step = call.training ? -1 : 1;
+    int64_t row = call.training ? row_end - 1 : row_begin;
+    for (int64_t n = row_begin; n < row_end; ++n, row += step) {
       const int64_t at = row * width + column;
       uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const int64_t next = at + k * kWidth;
-        vector<kStream, kWhole>(hi[k], lo[k], scale[k], offset[k], call.x + next,
-                                kResidual ? call.residual + next : nullptr, call.y + next, mask,
-                                column + k * kWidth, kWhole ? kWidth : count);
+        vector<kWhole>(hi[k], lo[k], scale[k], offset[k], call.x + next,
+                       call.residual ? call.residual + next : nullptr, call.y + next, mask,
+                       column + k * kWidth, kWhole ? kWidth : count, streams);
       }
     }
   }
@@ -114,21 +112,19 @@ struct Apply final : ForwardKernel<T> {
   // Rows [row_begin, row_end), columns [begin, end), in tiles that stay in the cache.
   void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
             const RowAffine<F>& a) const override {
-    const bool aligned = is_aligned(call.y) && width % kWidth == 0;
-    for (int64_t tile_end = row_end; tile_end > row_begin; tile_end -= kRowTile) {
-      const int64_t tile = std::max(tile_end - kRowTile, row_begin);
+    const bool streams = stream && is_aligned(call.y) && width % kWidth == 0;
+    const int64_t tiles = ceil_div(row_end - row_begin, kRowTile);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t tile = row_begin + (call.training ? tiles - 1 - t : t) * kRowTile;
+      const int64_t tile_end = std::min(tile + kRowTile, row_end);
       int64_t column = begin;
       for (; column + kTile * kWidth <= end; column += kTile * kWidth) {
-        if (stream && aligned) {
-          columns<kTile, true, true>(width, tile, tile_end, column, 0, a);
-        } else {
-          columns<kTile, false, true>(width, tile, tile_end, column, 0, a);
-        }
+        columns<kTile, true>(width, tile, tile_end, column, 0, a, streams);
       }
       for (; column + kWidth <= end; column += kWidth) {
-        columns<1, false, true>(width, tile, tile_end, column, 0, a);
+        columns<1, true>(width, tile, tile_end, column, 0, a, streams);
       }
-      if (column < end) columns<1, false, false>(width, tile, tile_end, column, end - column, a);
+      if (column < end) columns<1, false>(width, tile, tile_end, column, end - column, a, false);
     }
   }
 };
@@ -194,7 +190,8 @@ void segment_moments(const ForwardCall<T>& call, const ChannelWalk& walk, int64_
     for (int64_t c = begin; c < end; ++c) {
       const T* x = call.x + (chunk.row * g.channels + c) * g.inner + chunk.begin;
       sums[c - begin].reset(index == first
-                                ? first_shift(x, chunk.count)
+                                ? first_shift(x, chunk.row_end - chunk.row,
+                                              g.channels * g.inner, chunk.count)
                                 : static_cast<Compute<T>>(moments[c - begin].mean));
     }
     for (int64_t row = chunk.row; row < chunk.row_end; ++row) {
@@ -216,7 +213,7 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
   const bool serial = g.numel() < kSerialElements || threads == 1;
   const int64_t block = channel_block(g, sizeof(T), threads);
   const int64_t blocks = ceil_div(g.channels, block);
-  std::vector<Moments> moments(call.training ? g.channels * walk.segments : 0);
+  std::vector<Moments> moments(g.channels * walk.segments);
 
   const auto statistics = [&](int64_t b, int64_t segment) {
     const int64_t begin = b * block, end = std::min(begin + block, g.channels);
@@ -253,10 +250,8 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
   if (serial || blocks >= 3 * threads || blocks % threads == 0) {
     parallel(blocks, serial, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        if (call.training) {
-          for (int64_t s = 0; s < walk.segments; ++s) statistics(b, s);
-          for (int64_t c = b * block; c < std::min((b + 1) * block, g.channels); ++c) merge(c);
-        }
+        for (int64_t s = 0; s < walk.segments; ++s) statistics(b, s);
+        for (int64_t c = b * block; c < std::min((b + 1) * block, g.channels); ++c) merge(c);
         for (int64_t s = walk.segments - 1; s >= 0; --s) apply(b, s);
       }
       finish_streaming();
@@ -264,16 +259,34 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
     return;
   }
   const int64_t tasks = blocks * walk.segments;
-  if (call.training) {
-    parallel(tasks, false, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) statistics(t / walk.segments, t % walk.segments);
-    });
-    for (int64_t c = 0; c < g.channels; ++c) merge(c);
-  }
+  parallel(tasks, false, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) statistics(t / walk.segments, t % walk.segments);
+  });
+  for (int64_t c = 0; c < g.channels; ++c) merge(c);
   parallel(tasks, false, [&](int64_t begin, int64_t end) {
     for (int64_t t = end - 1; t >= begin; --t) apply(t / walk.segments, t % walk.segments);
     finish_streaming();
   });
+}
+
+// Evaluation: nothing to wait for, so in the order of memory, where fresh pages are filled while the
+// system's zeros are still in the cache (a third of the time of a large output).
+template <typename T>
+void evaluate_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
+  const Geometry& g = call.geometry;
+  std::vector<Affine<Compute<T>>> affine;
+  for (int64_t c = 0; c < g.channels; ++c) {
+    affine.push_back(affine_of(call.mean[c], rstd_of(call, call.var[c]), call.weight, call.bias, c));
+  }
+  parallel(g.outer * g.channels, g.numel() < kSerialElements, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      kernel.chunk_row(row, 0, g.inner, affine[row % g.channels]);
+    }
+    finish_streaming();
+  });
+  for (int64_t c = 0; c < g.channels; ++c) {
+    if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
+  }
 }
 
 template <typename T>
@@ -313,12 +326,10 @@ void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
       });
     }
     prepare(0, walk.width);
-    // The same rows in the same thread, from the last to the first.
+    // The same rows in the same thread.
     parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
-      for (int64_t s = last - 1; s >= first; --s) {
-        kernel.rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), 0, walk.width,
-                    affine);
-      }
+      kernel.rows(walk.width, walk.segment_begin(first), walk.segment_begin(last), 0, walk.width,
+                  affine);
       finish_streaming();
     });
   }
@@ -334,17 +345,18 @@ void batch_norm_forward(const ForwardCall<T>& call) {
   const auto run = [&](const ForwardKernel<T>& kernel) {
     if (walks_rows(call.geometry)) {
       forward_rows(call, kernel);
-    } else {
+    } else if (call.training) {
       forward_planes(call, kernel);
+    } else {
+      evaluate_planes(call, kernel);
     }
   };
   with_activation(call.act, [&](auto act) {
     using Act = decltype(act);
     if constexpr (kPiecewiseConstant<Act>) {
-      if (call.mask) return run(Apply<T, Act, true, true>(call));
+      if (call.mask) return run(Apply<T, Act, true>(call));
     }
-    if (call.residual) return run(Apply<T, Act, true, false>(call));
-    run(Apply<T, Act, false, false>(call));
+    run(Apply<T, Act, false>(call));
   });
 }
 

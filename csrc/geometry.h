@@ -87,8 +87,7 @@ struct RowWalk {
     width = g.channels * g.inner;
     rows = g.outer;
     const bool foldable = !whole_bytes || width % 8 == 0;
-    while (foldable && rows % 2 == 0 && fold < 16 &&
-           (width < 4 * lanes || (width % lanes != 0 && width < 512))) {
+    while (foldable && rows % 2 == 0 && fold < 64 && width % (4 * lanes) != 0 && width < 512) {
       fold *= 2, width *= 2, rows /= 2;
     }
     // Columns in groups whose slab stays in the second-level cache between the two sweeps; where

@@ -259,6 +259,17 @@ inline Bits<F> from_bits(uint32_t bits) {
 #endif
 }
 
+// Adds the lanes of `value`, as double, to as many lanes of `total`.
+inline void add_wide(Vec<double>* total, Vec<double> value) { total[0] += value; }
+
+inline void add_wide(Vec<double>* total, Vec<float> value) {
+  typedef float HalfOfFloats __attribute__((vector_size(kVectorBytes / 2)));
+  HalfOfFloats halves[2];
+  std::memcpy(halves, &value, sizeof(value));
+  total[0] += __builtin_convertvector(halves[0], Vec<double>);
+  total[1] += __builtin_convertvector(halves[1], Vec<double>);
+}
+
 // Σ over the lanes in double, in an order that depends on the lanes' number alone.
 template <typename F>
 inline double sum(Vec<F> value) {

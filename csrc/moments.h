@@ -33,24 +33,56 @@ struct Moments {
   }
 };
 
-// Shifted sums of one channel in four independent chains, kept over several rows.
+// Shifted sums of one channel in four independent chains, kept over several rows. Each float lane
+// takes 16 values or so before it is added to a double one: an outlier's square would otherwise
+// swallow the low bits of all that come after it.
 template <typename F>
-struct ShiftedSums {
-  static constexpr int kChains = 4;
-  Vec<F> s1[kChains], s2[kChains];
-  F shift;
-
-  void reset(F new_shift) {
-    for (int k = 0; k < kChains; ++k) s1[k] = s2[k] = Vec<F>{};
-    shift = new_shift;
+class ShiftedSums {
+ public:
+  void reset(F shift) {
+    *this = ShiftedSums();
+    shift_ = shift;
   }
 
   template <typename T>
   void add(const T* x, int64_t count) {
+    constexpr int64_t kBlock = 16 * kChains * kLanes<T>;
+    for (; count > kBlock; x += kBlock, count -= kBlock) {
+      add_block(x, kBlock);
+      flush();
+    }
+    add_block(x, count);
+    pending_ += count;
+    if (pending_ >= kBlock) flush();
+  }
+
+  Moments moments(int64_t count) {
+    flush();
+    return Moments::of_shifted(static_cast<double>(count), static_cast<double>(shift_),
+                               sum<double>(total1_[0] + total1_[1]),
+                               sum<double>(total2_[0] + total2_[1]));
+  }
+
+ private:
+  static constexpr int kChains = 4;
+  Vec<F> s1_[kChains] = {}, s2_[kChains] = {};
+  Vec<double> total1_[2] = {}, total2_[2] = {};
+  int64_t pending_ = 0;
+  F shift_ = 0;
+
+  void flush() {
+    add_wide(total1_, (s1_[0] + s1_[1]) + (s1_[2] + s1_[3]));
+    add_wide(total2_, (s2_[0] + s2_[1]) + (s2_[2] + s2_[3]));
+    for (int k = 0; k < kChains; ++k) s1_[k] = s2_[k] = Vec<F>{};
+    pending_ = 0;
+  }
+
+  template <typename T>
+  void add_block(const T* x, int64_t count) {
     constexpr int64_t kWidth = kLanes<T>;
     Vec<F> a[kChains], b[kChains];
-    for (int k = 0; k < kChains; ++k) a[k] = s1[k], b[k] = s2[k];
-    const Vec<F> centre = splat(shift);
+    for (int k = 0; k < kChains; ++k) a[k] = s1_[k], b[k] = s2_[k];
+    const Vec<F> centre = splat(shift_);
     int64_t i = 0;
     for (; i + kChains * kWidth <= count; i += kChains * kWidth) {
 #pragma GCC unroll 4
@@ -75,26 +107,23 @@ struct ShiftedSums {
       b[k] += d * d;
       i += kWidth;
     }
-    for (int k = 0; k < kChains; ++k) s1[k] = a[k], s2[k] = b[k];
-  }
-
-  Moments moments(int64_t count) const {
-    return Moments::of_shifted(
-        static_cast<double>(count), static_cast<double>(shift),
-        sum<F>((s1[0] + s1[1]) + (s1[2] + s1[3])), sum<F>((s2[0] + s2[1]) + (s2[2] + s2[3])));
+    for (int k = 0; k < kChains; ++k) s1_[k] = a[k], s2_[k] = b[k];
   }
 };
 
-// A shift for the first chunk: the mean of its first values, taken relative to the very first so
-// that equal values give exactly themselves.
+// A shift for the first chunk, whose rows of `count` values are `stride` apart: the mean of its first
+// 512 values or so, enough that one outlier among them cannot spoil it. Taken relative to the very
+// first, so that equal values give exactly themselves.
 template <typename T>
-inline Compute<T> first_shift(const T* x, int64_t count) {
+inline Compute<T> first_shift(const T* x, int64_t rows, int64_t stride, int64_t count) {
   using F = Compute<T>;
-  count = std::min<int64_t>(count, 256);
+  constexpr int64_t kSample = 512;
+  count = std::min(count, kSample);
+  rows = std::min(rows, ceil_div(kSample, count));
   ShiftedSums<F> sums;
   sums.reset(static_cast<F>(x[0]));
-  sums.add(x, count);
-  return static_cast<F>(sums.moments(count).mean);
+  for (int64_t row = 0; row < rows; ++row) sums.add(x + row * stride, count);
+  return static_cast<F>(sums.moments(rows * count).mean);
 }
 
 }  // namespace normally

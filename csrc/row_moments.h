@@ -10,8 +10,8 @@ namespace normally {
 
 // Rows that are walked down while a tile of columns stays in registers.
 inline constexpr int64_t kRowTile = 32;
-// Rows that enter one float sum.
-inline constexpr int64_t kRowChunk = 512;
+// Rows that enter one float sum before it is merged in double: few, for the sake of outliers.
+inline constexpr int64_t kRowChunk = 64;
 
 // The columns of one channel in a row walk: `inner` neighbours, again every `stride` columns.
 struct ChannelColumns {

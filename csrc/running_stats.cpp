@@ -1,12 +1,10 @@
 // The running statistics' update: in place, per channel, refused where a batch is not finite.
 #include <cmath>
 
-#include "tensors.h"
+#include "running_stats.h"
 
 namespace normally {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // One buffer that moves towards a batch statistic, in the buffer's own dtype.
 struct Running {
@@ -41,15 +39,28 @@ struct Running {
   }
 };
 
-void update(OptionalTensor running_mean, OptionalTensor running_var,
-            OptionalTensor num_batches_tracked, OptionalTensor skipped_updates,
-            const Tensor& stats, int64_t count, std::optional<double> momentum, bool unbiased) {
-  if (count == 0) return;
-  const int64_t channels = stats.size(1);
+}  // namespace
+
+void check_buffers(const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                   const OptionalTensor& skipped_updates, int64_t channels) {
   for (const OptionalTensor* t : {&running_mean, &running_var, &skipped_updates}) {
     STD_TORCH_CHECK(!*t || ((*t)->dim() == 1 && (*t)->size(0) == channels),
-                    "normally::update_running_stats_: buffers must have one element a channel");
+                    "normally: running statistics must have one element a channel");
   }
+  for (const OptionalTensor* t : {&running_mean, &running_var}) {
+    if (*t) with_type((*t)->scalar_type(), [](auto) {});  // refuses other dtypes
+  }
+  STD_TORCH_CHECK(!skipped_updates || skipped_updates->is_contiguous(),
+                  "normally: skipped_updates must be contiguous");
+}
+
+void update_running_stats(const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                          const OptionalTensor& num_batches_tracked,
+                          const OptionalTensor& skipped_updates, const Tensor& stats, int64_t count,
+                          std::optional<double> momentum, bool unbiased) {
+  if (count == 0) return;
+  const int64_t channels = stats.size(1);
+  check_buffers(running_mean, running_var, skipped_updates, channels);
   const Running mean(running_mean), var(running_var);
   const double* means = static_cast<const double*>(stats.const_data_ptr());
   const double* vars = means + channels;
@@ -75,6 +86,15 @@ void update(OptionalTensor running_mean, OptionalTensor running_var,
     mean.move(c, means[c], factor);
     var.move(c, batch_var, factor);
   }
+}
+
+namespace {
+
+void update(OptionalTensor running_mean, OptionalTensor running_var,
+            OptionalTensor num_batches_tracked, OptionalTensor skipped_updates,
+            const Tensor& stats, int64_t count, std::optional<double> momentum, bool unbiased) {
+  update_running_stats(running_mean, running_var, num_batches_tracked, skipped_updates, stats, count,
+                       momentum, unbiased);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -16,6 +17,11 @@ namespace normally {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline int32_t scalar_code(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
 
 // Whether the elements fill memory without gaps or overlaps, in any order of the dimensions.
 inline bool is_dense(const Tensor& t) {
@@ -59,13 +65,28 @@ inline Geometry geometry_of(const Tensor& t) {
   return {plane ? t.numel() / plane : 0, channels, inner};
 }
 
+// An uninitialized CPU tensor, straight from the allocator: 1 µs less than through the dispatcher.
+inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                    ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), scalar_code(dtype),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Shape, strides and dtype of `t`, which is dense.
 inline Tensor fresh_like(const Tensor& t) {
-  Tensor result = torch::stable::empty_like(t);
-  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      t.dim(), t.sizes().data(), t.strides().data(), scalar_code(t.scalar_type()),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor result(handle);
+  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * t.element_size());
   return result;
 }
 
-inline Tensor nothing_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+inline Tensor nothing_like(const Tensor& t) { return empty({0}, {1}, t.scalar_type()); }
 
 // Call `function` with a value of the element type of `dtype`.
 template <typename Function>

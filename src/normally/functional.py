@@ -6,16 +6,20 @@ Signatures are torch.nn.functional's; what is ours comes last and by keyword onl
 from __future__ import annotations
 
 import math
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _native, reference
 from ._ops import activation, running_stats
 from ._ops import batch_norm as _batch_norm
 
 __all__ = ["batch_norm"]
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _ArgumentError(ValueError, RuntimeError):
@@ -107,94 +111,155 @@ def batch_norm(
     tensor([[0.7628, 1.7499],
             [2.6697, 6.1247]])
     """
-    for name, value in (("mask", mask), ("lengths", lengths), ("group", group)):
-        if value is not None:
-            _not_implemented(name)
-    if memory_efficient:
-        _not_implemented("memory_efficient")
+    if mask is not None or lengths is not None or group is not None or memory_efficient:
+        _refuse_reserved(mask=mask, lengths=lengths, group=group, memory_efficient=memory_efficient)
     if act is None and act_param is None:
-        act_code, param = 0, 0.0
+        fused = (0, 0.0)
     else:
-        act_code, param = activation.encode(act, act_param, "batch_norm")
-
-    moved = channel_dim != 1 and input.dim() > 1 and channel_dim % input.dim() != 1
+        fused = activation.encode(act, act_param, "batch_norm")
+    x = input
+    moved = channel_dim != 1 and _is_other_dim(channel_dim, input)
     if moved:
         x = input.movedim(channel_dim, 1)
-        residual = None if residual is None else residual.expand_as(input).movedim(channel_dim, 1)
+    added = None
+    if residual is not None:
+        residual = _prepare_residual(residual, input)
+        if moved:
+            residual = residual.movedim(channel_dim, 1)
+        if residual.dtype != x.dtype:
+            # The sum has the promoted dtype, as in torch; only then the activation.
+            added, residual, fused = residual, None, (0, 0.0)
+
+    call = _Call(
+        x, weight, bias, residual, running_mean, running_var, num_batches_tracked, skipped_updates,
+        training, momentum, unbiased, eps, correction, on_single_value, *fused,
+    )  # fmt: skip
+    if _is_plain(call):
+        try:
+            output = _run_eagerly(call)
+        except RuntimeError:
+            # The kernel checked in passing and changed nothing; find the words for what it saw.
+            output = _run(_checked(call))
     else:
-        x = input
-    count = _check(x, running_mean, running_var, weight, bias, training, eps)
-    if training and count <= max(1, correction) and count > 0:
-        if on_single_value == "running" and running_mean is not None and running_var is not None:
-            training = False
-        else:
-            _refuse_single_value(input, count, correction, on_single_value)
-    if training and momentum is None and num_batches_tracked is None and running_mean is not None:
-        raise ValueError(
-            "batch_norm: num_batches_tracked must be given when momentum is None: the cumulative "
-            "average divides by the number of batches. Got momentum=None, num_batches_tracked=None."
-        )
+        output = _run(_checked(call))
 
-    unfused = None
-    if residual is not None and residual.dtype != x.dtype:
-        # The sum has the promoted dtype, as in torch; only then the activation.
-        unfused, residual, act_code = residual, None, 0
-    elif residual is not None and residual.shape != x.shape:
-        residual = _expand_residual(residual, x)
+    if added is not None:
+        output = reference.activate(output + added, act, act_param)
+    return output.movedim(1, channel_dim) if moved else output
 
-    mean, var = (None, None) if training else (running_mean, running_var)
-    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
-        # Operators have no forward-mode formula; the plain expression does.
-        output = reference.batch_norm(
-            x, mean, var, weight, bias, eps,
-            residual=residual, correction=correction, **activation.decode(act_code, param),
-        )  # fmt: skip
-        stats = None
+
+class _Call(NamedTuple):
+    """One call of batch norm, the channel at dimension 1."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    skipped_updates: Tensor | None
+    training: bool
+    momentum: float | None
+    unbiased: bool
+    eps: float
+    correction: int
+    on_single_value: str
+    act: int
+    act_param: float
+
+
+def _is_plain(call: _Call) -> bool:
+    """Whether this is eager execution of compiled kernels and nothing else.
+
+    Not a compiler, a tracer, a functorch transform or forward-mode AD; nor arguments so wrong that
+    the kernel would not see them. Everything asked here costs less than 0.1 µs.
+    """
+    if (
+        _native.loaded is None
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    if call.training:
+        plain = call.momentum is not None or call.num_batches_tracked is not None
     else:
-        output, stats = _call(
-            x, weight, bias, residual, mean, var, eps, correction, act_code, param
-        )
-    if training and (running_mean is not None or running_var is not None):
-        if stats is None:
-            dims = [d for d in range(x.dim()) if d != 1]
-            stats = torch.stack(reference.moments(reference.widen(x.detach()), dims)).flatten(1)
-        if not _is_recomputation():
-            running_stats.update(
-                running_mean, running_var, num_batches_tracked, skipped_updates, stats, count,
-                momentum, unbiased,
-            )  # fmt: skip
-    if moved:
-        output = output.movedim(1, channel_dim)
-    if unfused is not None:
-        output = reference.activate(output + unfused, act, act_param)
-    return output
-
-
-def _call(*args: object) -> tuple[Tensor, Tensor]:
-    """The operator, with autograd by the shortest route that is right here."""
-    tensors: tuple[Tensor | None, ...] = args[:4]  # type: ignore[assignment]
-    differentiate = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
+        plain = call.running_mean is not None and call.running_var is not None
+    return (
+        plain
+        and (call.eps > 0 or (call.eps == 0 and not call.training))
+        and call.correction >= 0
+        and call.on_single_value == "error"
+        and all(t is None or t.is_cpu for t in call[:8])
     )
-    input, residual, act = tensors[0], tensors[3], args[8]
+
+
+def _differentiates(call: _Call) -> bool:
+    input, weight, bias, residual = call[:4]
+    return torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
+def _run_eagerly(call: _Call) -> Tensor:
+    """One operator call, and one autograd node where a gradient is wanted."""
+    differentiates = _differentiates(call)
     save_mask = (
-        differentiate
-        and residual is not None
-        and act in activation.PIECEWISE_CONSTANT
-        and _native.loaded is not None
-        and input is not None
-        and input.device.type == "cpu"
+        differentiates and call.residual is not None and call.act in activation.PIECEWISE_CONSTANT
     )
-    if torch.compiler.is_compiling():
-        output, stats, _ = _batch_norm.forward(*args, save_mask)
-    elif torch._C._are_functorch_transforms_active():
-        output, stats, _ = _batch_norm.TransformableBatchNorm.apply(*args, False)
-    elif differentiate:
-        output, stats = _batch_norm.EagerBatchNorm.apply(*args, save_mask)
+    config = (call.eps, call.correction, call.act, call.act_param)
+    tensors = call[:4]
+    arguments: tuple[object, ...]
+    if not call.training:
+        operator = _batch_norm.forward
+        arguments = (call.running_mean, call.running_var, *config, save_mask)
+    elif _is_recomputation():
+        operator = _batch_norm.forward_and_update
+        arguments = (None, None, None, None, call.momentum, call.unbiased, *config, save_mask)
+    else:
+        operator = _batch_norm.forward_and_update
+        arguments = (*call[4:8], call.momentum, call.unbiased, *config, save_mask)
+    if differentiates:
+        output = _batch_norm.EagerBatchNorm.apply(
+            *tensors, operator, arguments, (call.training, *config)
+        )
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            output, stats, _ = _batch_norm.forward(*args, save_mask)
-    return output, stats
+            output, _, _ = operator(*tensors, *arguments)
+    if call.training:
+        running_stats.mark_changed(call.running_mean, call.running_var)
+    return output  # type: ignore[no-any-return]
+
+
+def _run(call: _Call) -> Tensor:
+    """The general route: normalize by what fits the circumstances, then update the buffers."""
+    x = call.input
+    if x.dim() < 2:
+        return x.clone()  # torch takes an empty vector, too
+    mean, var = (None, None) if call.training else (call.running_mean, call.running_var)
+    arguments = (*call[:4], mean, var, call.eps, call.correction, call.act, call.act_param, False)
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        output, stats, _ = _batch_norm.forward(*arguments)
+    elif forward_ad._current_level >= 0:
+        # Operators have no forward-mode formula; the plain expression does.
+        output = reference.batch_norm(
+            x, mean, var, call.weight, call.bias, call.eps, residual=call.residual,
+            correction=call.correction, **activation.decode(call.act, call.act_param),
+        )  # fmt: skip
+        stats = _batch_norm.batch_statistics(x.detach()) if call.training else None
+    else:
+        output, stats, _ = _batch_norm.TransformableBatchNorm.apply(*arguments)
+    tracks = call.running_mean is not None or call.running_var is not None
+    if call.training and tracks and not _is_recomputation():
+        count = math.prod(x.shape[:1] + x.shape[2:])
+        running_stats.update(*call[4:8], stats, count, call.momentum, call.unbiased)
+        running_stats.mark_changed(call.running_mean, call.running_var)
+    return output  # type: ignore[no-any-return]
 
 
 def _is_recomputation() -> bool:
@@ -202,54 +267,61 @@ def _is_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _check(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    eps: float,
-) -> int:
-    """Refuse what makes no sense before anything is changed; return the values per channel."""
-    if x.dim() < 2:
+def _checked(call: _Call) -> _Call:
+    """Refuse what makes no sense before anything is changed."""
+    x, training, eps = call.input, call.training, call.eps
+    if call.on_single_value not in ("error", "running"):
+        raise ValueError(
+            "batch_norm: on_single_value must be 'error' or 'running'. "
+            f"Got on_single_value={call.on_single_value!r}."
+        )
+    if call.correction < 0:
+        raise ValueError(
+            f"batch_norm: correction must be 0 or more. Got correction={call.correction}."
+        )
+    if x.dtype not in _DTYPES:
+        names = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(
+            f"batch_norm: input must be one of {names}. Got input.dtype={x.dtype}; convert it "
+            "first, for example with input.float()."
+        )
+    if x.dim() < 2 and not (x.dim() == 1 and x.numel() == 0):
         raise ValueError(
             f"batch_norm: input must have at least 2 dimensions (N, C, *). Got {x.dim()}D input."
         )
-    dtype = x.dtype
-    if not dtype.is_floating_point:
-        raise TypeError(
-            f"batch_norm: input must be floating point. Got input.dtype={dtype}; "
-            "convert it first, for example input.float()."
-        )
     if not training:
-        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-            if buffer is None:
+        for name in ("running_mean", "running_var"):
+            if getattr(call, name) is None:
                 raise _ArgumentError(
                     f"batch_norm: {name} must be defined in evaluation mode. Got {name}=None; "
                     "pass training=True to normalize with the batch's own statistics."
                 )
-    if eps <= 0 and training:
+    if training and not eps > 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    channels = x.shape[1]
-    for index, tensor in enumerate((running_mean, running_var, weight, bias)):
-        if tensor is not None and (
-            tensor.dim() != 1
-            or tensor.shape[0] != channels
-            or tensor.device != x.device
-            or (tensor.dtype != dtype and not (_is_half(dtype) and tensor.dtype is torch.float32))
-        ):
-            _refuse_parameter(("running_mean", "running_var", "weight", "bias")[index], tensor, x)
-    return math.prod(x.shape) // channels if channels else x.shape[0] * math.prod(x.shape[2:])
+    if x.dim() < 2:
+        return call
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(call, name)
+        if tensor is not None:
+            _check_parameter(name, tensor, x)
+    if not training:
+        return call
+    if call.momentum is None and call.num_batches_tracked is None and call.running_mean is not None:
+        raise ValueError(
+            "batch_norm: num_batches_tracked must be given when momentum is None: the cumulative "
+            "average divides by the number of batches. Got momentum=None, num_batches_tracked=None."
+        )
+    count = math.prod(x.shape[:1] + x.shape[2:])
+    if count > max(1, call.correction) or count == 0:
+        return call
+    if call.on_single_value == "running" and None not in (call.running_mean, call.running_var):
+        return call._replace(training=False)
+    return _refuse_single_value(x, count, call.correction)
 
 
-def _is_half(dtype: torch.dtype) -> bool:
-    return dtype is torch.bfloat16 or dtype is torch.float16
-
-
-def _refuse_parameter(name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_parameter(name: str, tensor: Tensor, x: Tensor) -> None:
     channels = x.shape[1]
     if tensor.dim() != 1 or tensor.shape[0] != channels:
         raise _ArgumentError(
@@ -258,27 +330,57 @@ def _refuse_parameter(name: str, tensor: Tensor, x: Tensor) -> None:
             f"{name} of shape {tuple(tensor.shape)}."
         )
     if tensor.device != x.device:
-        raise _ArgumentError(
-            f"batch_norm: Expected all tensors to be on the same device. Got input on {x.device}, "
-            f"{name} on {tensor.device}; move the module or the input with .to(device)."
-        )
-    if name.startswith("running") and tensor.dtype.is_floating_point:
-        return  # buffers may be kept in any floating dtype
-    allowed = f"{x.dtype} or torch.float32" if _is_half(x.dtype) else f"{x.dtype}"
+        raise _different_devices(name, tensor, x)
+    is_half = x.dtype is torch.bfloat16 or x.dtype is torch.float16
+    if tensor.dtype is x.dtype or (is_half and tensor.dtype is torch.float32):
+        return
+    if name.startswith("running") and tensor.dtype in _DTYPES:
+        return  # buffers may be kept in any of them
+    allowed = f"{x.dtype} or torch.float32" if is_half else f"{x.dtype}"
     raise TypeError(
         f"batch_norm: {name} must be {allowed} for an input of {x.dtype}. "
         f"Got {name}.dtype={tensor.dtype}; convert the module or the input with .to(dtype)."
     )
 
 
-def _refuse_single_value(
-    input: Tensor, count: int, correction: int, on_single_value: str
-) -> NoReturn:
-    if on_single_value not in ("error", "running"):
+def _different_devices(name: str, tensor: Tensor, x: Tensor) -> Exception:
+    return _ArgumentError(
+        f"batch_norm: Expected all tensors to be on the same device. Got input on {x.device}, "
+        f"{name} on {tensor.device}; move the module or the input with .to(device)."
+    )
+
+
+def _is_other_dim(channel_dim: int, input: Tensor) -> bool:
+    """Whether `channel_dim`, which is not 1, names another dimension than 1."""
+    dims = input.dim()
+    if not -dims <= channel_dim < dims:
         raise ValueError(
-            "batch_norm: on_single_value must be 'error' or 'running'. "
-            f"Got on_single_value={on_single_value!r}."
+            f"batch_norm: channel_dim must be a dimension of the input, {-dims} to {dims - 1}. "
+            f"Got channel_dim={channel_dim}, input of shape {tuple(input.shape)}."
         )
+    return channel_dim % dims != 1
+
+
+def _prepare_residual(residual: Tensor, input: Tensor) -> Tensor:
+    """The residual in the input's shape, checked."""
+    if residual.dtype not in _DTYPES:
+        raise TypeError(
+            f"batch_norm: residual must be floating point. Got residual.dtype={residual.dtype}."
+        )
+    if residual.device != input.device:
+        raise _different_devices("residual", residual, input)
+    if residual.shape == input.shape:
+        return residual
+    try:
+        return residual.expand_as(input)
+    except RuntimeError:
+        raise ValueError(
+            "batch_norm: residual must be broadcastable to the input's shape. "
+            f"Got input of shape {tuple(input.shape)}, residual of shape {tuple(residual.shape)}."
+        ) from None
+
+
+def _refuse_single_value(input: Tensor, count: int, correction: int) -> NoReturn:
     way_out = (
         "Use a larger batch, drop_last=True in the DataLoader, .eval(), or "
         "on_single_value='running' with running statistics."
@@ -295,17 +397,8 @@ def _refuse_single_value(
     )
 
 
-def _expand_residual(residual: Tensor, x: Tensor) -> Tensor:
-    try:
-        return residual.expand_as(x)
-    except RuntimeError:
-        raise ValueError(
-            "batch_norm: residual must be broadcastable to the input's shape. "
-            f"Got input of shape {tuple(x.shape)}, residual of shape {tuple(residual.shape)}."
-        ) from None
-
-
-def _not_implemented(name: str) -> NoReturn:
+def _refuse_reserved(**values: object) -> NoReturn:
+    name = next(name for name, value in values.items() if value is not None and value is not False)
     raise NotImplementedError(
         f"batch_norm: {name} is not implemented in this version of normally; its place in the "
         f"signature is reserved. Call without {name}."

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normally import reference
@@ -79,7 +80,7 @@ def test_at_the_kink_the_derivative_is_torchs(
     leaf = bias.clone().requires_grad_()
     y = batch_norm(x, None, None, weight, leaf, True, act=act, residual=residual)
     z = bias.view(1, -1, 1).expand(x.shape).clone().requires_grad_()
-    wanted = reference.activate(z, act)
+    wanted = getattr(F, act)(z)
     # On the kink itself nothing rounds; beside it hardswish and elu may, by a unit or two.
     torch.testing.assert_close(y, wanted.to(dtype), rtol=4 * rounding(dtype), atol=1e-45)
     g = torch.ones_like(y)
@@ -91,7 +92,9 @@ def test_at_the_kink_the_derivative_is_torchs(
         (gradient,) = torch.autograd.grad(y, residual, g)
         expected = slope.to(dtype)
     # e^z, z/3 + 1/2 and the slope 0.01 round; a wrong side would be off by 1/6 or more.
-    torch.testing.assert_close(gradient, expected, rtol=4 * rounding(gradient.dtype), atol=0)
+    # (torch's 1/6 for hardsigmoid is a float32 constant in float64 too: 3e-8.)
+    tolerance = max(4 * rounding(gradient.dtype), 4e-8)
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("param", [-0.5, 0.0, 0.2, 1.0, 2.5])

@@ -1,5 +1,7 @@
 import pytest
 
+from normally.lab import speed
+from normally.lab.experiments import quickstart
 from normally.lab.fingerprint import fingerprint
 
 RATE = 0.1
@@ -29,6 +31,19 @@ def test_a_constant_and_a_function_used_at_depth_count(monkeypatch, name):
         changed.__module__ = measure.__module__
     monkeypatch.setitem(globals(), name, changed)
     assert fingerprint(measure, "digits", {}) != before
+
+
+def test_a_function_reached_through_a_module_counts(monkeypatch):
+    before = fingerprint(quickstart.measure, "digits", {})
+    monkeypatch.setattr(speed, "SHAPES", ())
+    assert fingerprint(quickstart.measure, "digits", {}) != before
+
+
+def test_what_only_shows_does_not_count(monkeypatch):
+    before = fingerprint(quickstart.measure, "digits", {})
+    monkeypatch.setattr(quickstart, "LAYERS", ())
+    monkeypatch.setattr(quickstart, "_training_section", helper)
+    assert fingerprint(quickstart.measure, "digits", {}) == before
 
 
 def test_data_and_settings_count():

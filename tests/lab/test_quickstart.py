@@ -3,7 +3,7 @@ import math
 import pytest
 
 from normally import report
-from normally.lab import Results, conclude, find, run
+from normally.lab import Results, conclude, find, run, speed
 from normally.lab.data import load
 from normally.lab.experiments import quickstart
 from normally.lab.verdict import MIN_SEEDS
@@ -16,7 +16,7 @@ def small(monkeypatch):
     """The experiment with a budget of seconds."""
     budget = {"seeds": 1, "epochs": 2, "batch_size": 256, "timing_seconds": 0.0}
     monkeypatch.setitem(quickstart.EXPERIMENT.budgets, "quick", budget)
-    monkeypatch.setattr(quickstart, "SHAPES", (SHAPE, SHAPE))
+    monkeypatch.setattr(speed, "SHAPES", (SHAPE, SHAPE))
     return find("quickstart")
 
 
@@ -78,6 +78,12 @@ def test_a_goal_never_reached_counts_in_favour_of_the_plain_network():
     verdict = quickstart.judge(planted(LOW, FAST, LOW, FAST))
     assert verdict.criteria[0].effect.estimate == pytest.approx(5)
     assert "needs at least 5 times" in verdict.sentence
+
+
+def test_where_neither_side_reaches_the_goal_nothing_is_decided():
+    verdict = quickstart.judge(planted(LOW, LOW, LOW, FAST))
+    assert verdict.status == "inconclusive"
+    assert "neither side reached 90 %" in verdict.sentence
 
 
 def test_a_diverged_seed_is_shown_as_infinite_not_left_out(small, tmp_path):

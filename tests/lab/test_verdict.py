@@ -81,6 +81,11 @@ def test_the_whole_interval_must_lie_on_one_side_of_the_threshold(low, high, see
     assert criterion(low, high, 5.0, seeds).status == status
 
 
+def test_what_the_runs_could_not_show_is_inconclusive():
+    effect = Effect("x", (1.0,) * 5, 1.0, 1.0, 1.0)
+    assert Criterion(effect, 2.0, decidable=False).status == "inconclusive"
+
+
 def test_a_claim_with_several_criteria():
     holds, fails, open_ = criterion(6, 7, 5), criterion(1, 2, 5), criterion(4, 6, 5)
     assert decide([holds, holds], "").status == "holds"

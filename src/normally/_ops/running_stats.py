@@ -69,3 +69,14 @@ update = define(
     fallback=_update_fallback,
     fake=_update_fake,
 )
+
+
+def mark_changed(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Tell autograd that the buffers were written to: the compiled kernel works below it.
+
+    A graph that saved one of them then raises in its backward instead of using the new values.
+    """
+    if not torch.compiler.is_compiling():
+        for buffer in (running_mean, running_var):
+            if buffer is not None and not buffer.is_inference():
+                torch._C._increment_version((buffer,))

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -40,16 +40,31 @@ def _reached(thing: Any, seen: set[int]) -> Iterator[str]:
     if not isinstance(thing, FunctionType):
         return
     package = _package(thing)
-    for name in sorted(_names(thing.__code__)):
-        used = thing.__globals__.get(name)
-        if isinstance(used, bool | int | float | str | tuple):
-            yield f"{name}={used!r}"
-        elif isinstance(used, FunctionType | type) and _package(used) == package:
-            yield from _reached(used, seen)
+    names = sorted(_names(thing.__code__))
+    for place in _places(thing, names):
+        for name in names:
+            used = place.get(name)
+            if isinstance(used, bool | int | float | str | tuple | list | dict):
+                yield f"{name}={used!r}"
+            elif isinstance(used, FunctionType | type) and _package(used) == package:
+                yield from _reached(used, seen)
 
 
-def _package(thing: FunctionType | type) -> str:
-    return thing.__module__.partition(".")[0]
+def _places(function: FunctionType, names: list[str]) -> list[dict[str, Any]]:
+    """Where its names are looked up: its globals and, for `module.name`, the package's modules."""
+    known: set[str] = set()
+    places = [function.__globals__]
+    for place in places:  # grows on the way
+        for used in map(place.get, names):
+            if isinstance(used, ModuleType) and _package(used) == _package(function):
+                places += [] if used.__name__ in known else [vars(used)]
+                known.add(used.__name__)
+    return places
+
+
+def _package(thing: FunctionType | type | ModuleType) -> str:
+    module = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
+    return module.partition(".")[0]
 
 
 def _names(code: CodeType) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..report import Items, Page, Section, Table
 from .experiment import Experiment, Results
-from .verdict import Verdict
+from .verdict import Effect, Verdict
 
 TONES = {"holds": "good", "does not hold": "bad", "inconclusive": "unsure"}
 
@@ -90,6 +90,14 @@ def _protocol_section(experiment: Experiment, results: Results, seeds: list[int]
                 ]
             )
         ],
+    )
+
+
+def interval(effect: Effect) -> str:
+    """The interval as a card's note; it breaks before its numbers only."""
+    low, high = number(effect.low), number(effect.high)
+    return (
+        f"{100 * effect.confidence:g} % interval {low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high}"
     )
 
 

@@ -39,15 +39,19 @@ class Effect:
 
 @dataclass(frozen=True)
 class Criterion:
-    """An effect and the threshold, fixed before the runs, that it has to reach."""
+    """An effect and the threshold, fixed before the runs, that it has to reach.
+
+    `decidable` is False where the runs could not show the effect, whatever its number says.
+    """
 
     effect: Effect
     at_least: float
+    decidable: bool = True
 
     @property
     def status(self) -> Status:
         """Holds or fails only when the whole interval lies on one side of the threshold."""
-        if len(self.effect.values) < MIN_SEEDS:
+        if not self.decidable or len(self.effect.values) < MIN_SEEDS:
             return "inconclusive"
         if self.effect.low >= self.at_least:
             return "holds"

@@ -13,6 +13,8 @@ def path_of(layer: torch.nn.Module) -> str | None:
     A layer does not know its own name. On the way to an error the time does not matter, so the
     call stack is searched for the modules that are being called, and the outermost one asked.
     """
+    if torch.compiler.is_compiling():
+        return None  # a compiler cannot trace the search
     path = None
     frame = sys._getframe(1)
     while frame is not None:

@@ -92,13 +92,18 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self.memory_efficient = memory_efficient
 
     def _count_skipped_updates(self) -> None:
-        """(Re)create the counter beside the running statistics; it is not part of a state dict."""
-        counter = None
-        if self.track_running_stats and self.running_mean is not None:
-            counter = torch.zeros(
-                self.num_features, dtype=torch.long, device=self.running_mean.device
-            )
+        """Start the counter beside the running statistics, which is not part of a state dict."""
+        running = self.running_mean
+        if running is None or isinstance(running, UninitializedBuffer):
+            counter = None
+        else:
+            counter = torch.zeros(running.shape, dtype=torch.long, device=running.device)
         self.register_buffer("_skipped_updates", counter, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """torch's; refused updates of another past do not count for the statistics loaded now."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._count_skipped_updates()
 
     @property
     def skipped_updates(self) -> Tensor:
@@ -130,20 +135,22 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """act(bn(input) + residual); see `normally.functional.batch_norm`."""
+        if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
+            return _traced(self, input, residual)
         try:
             self._check_input_dim(input)
-            tracks = self.track_running_stats if self.training else True
-            running_mean = self.running_mean if tracks else None
-            running_var = self.running_var if tracks else None
-            if self.training and running_mean is not None:
-                _warn_of_half_statistics(running_mean)
+            training = self.training
+            running_mean, running_var = self.running_mean, self.running_var
+            tracks = self.track_running_stats or not training
+            if running_mean is not None and training and running_mean.dtype is torch.float16:
+                _warn_of_half_statistics()
             return functional.batch_norm(
                 input,
-                running_mean,
-                running_var,
+                running_mean if tracks else None,
+                running_var if tracks else None,
                 self.weight,
                 self.bias,
-                self.training or (self.running_mean is None and self.running_var is None),
+                training or (running_mean is None and running_var is None),
                 self.momentum,
                 self.eps,
                 act=self.act,
@@ -155,8 +162,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 unbiased=self.unbiased,
                 correction=self.correction,
                 on_single_value=self.on_single_value,
-                num_batches_tracked=self.num_batches_tracked if tracks else None,
-                skipped_updates=self._skipped_updates if tracks else None,
+                num_batches_tracked=self._buffers.get("num_batches_tracked") if tracks else None,
+                skipped_updates=self._buffers.get("_skipped_updates") if tracks else None,
             )
         except (ValueError, TypeError) as error:
             raise located(error, self) from None
@@ -186,8 +193,14 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _warn_of_half_statistics(running_mean: Tensor) -> None:
-    if running_mean.dtype is torch.float16 and not torch.compiler.is_compiling():
+def _traced(layer: torch.nn.Module, input: Any, residual: Any) -> Any:
+    tracer = input.tracer
+    arguments = (input,) if residual is None else (input, residual)
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), arguments, {})
+
+
+def _warn_of_half_statistics() -> None:
+    if not torch.compiler.is_compiling():
         warnings.warn(
             "BatchNorm is training with float16 running statistics: they cannot hold a variance "
             "above 65504 and lose small updates. Keep the layer in float32; it takes float16 "

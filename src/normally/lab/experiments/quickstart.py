@@ -9,19 +9,17 @@ plain network trains there hangs on the seed and even on the rounding, so that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-import normally
 from normally import report
+from normally.lab import speed
 from normally.lab.experiment import Experiment, Record, Results, Run
-from normally.lab.figures import curves, intervals
-from normally.lab.page import number
-from normally.lab.timing import interleaved
+from normally.lab.figures import curves
+from normally.lab.page import interval, number
 from normally.lab.training import (
     evaluate,
     evaluate_with_batch_statistics,
@@ -29,11 +27,12 @@ from normally.lab.training import (
     one_thread,
     train_epoch,
 )
-from normally.lab.verdict import Criterion, Effect, Verdict, bootstrap, decide, paired_effect
+from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 SMALL, MIDDLE, LARGE = 0.03, 0.3, 2.0
 RATES = (SMALL, MIDDLE, LARGE)
-GOAL = 0.9  # test accuracy whose first epoch is counted
+# Test accuracy whose first epoch is counted: what either network can reach in the time there is.
+GOALS = {"digits": 0.9, "fashion-mnist": 0.8}
 
 EXPERIMENT = Experiment(
     name="quickstart",
@@ -42,8 +41,8 @@ EXPERIMENT = Experiment(
     "rate at which it otherwise cannot.",
     source="Ioffe & Szegedy 2015, arXiv:1502.03167, sections 1 and 4.2.1",
     prediction=f"At learning rate {SMALL:g} the network with batch normalization reaches 90 % test "
-    f"accuracy in at most half the epochs; at {LARGE:g} it trains while the plain one fails or "
-    "falls behind.",
+    f"accuracy (80 % on Fashion-MNIST) in at most half the epochs; at {LARGE:g} it trains while "
+    "the plain one fails or falls behind.",
     protocol=[
         "LeNet: two 5×5 convolutions with 6 and 16 channels, each followed by 2×2 average pooling, "
         "then 120, 84 and 10 units. ReLU, not the sigmoid of the original, and He initialization: "
@@ -62,8 +61,9 @@ EXPERIMENT = Experiment(
         "float32; pairs of all seeds are pooled.",
     ],
     thresholds=[
-        f"At {SMALL:g}: the plain network needs at least 2 times the epochs to 90 % test accuracy. "
-        "One that never gets there counts with one epoch more than there were, which favours it.",
+        f"At {SMALL:g}: the plain network needs at least 2 times the epochs to 90 % test accuracy "
+        "(80 % on Fashion-MNIST). One that never gets there counts with one epoch more than there "
+        "were, which favours it; where neither gets there nothing is decided.",
         f"At {LARGE:g}: final test accuracy is at least 5 percentage points higher with batch "
         "normalization.",
         "The claim holds if both hold, and fails if one fails.",
@@ -75,15 +75,6 @@ EXPERIMENT = Experiment(
     },
 )
 
-# Name, shape, channels_last; the last is too small for anything but the call itself to count.
-SHAPES = (
-    ("(64, 6, 8, 8), this LeNet's first", (64, 6, 8, 8), False),
-    ("(32, 64, 56, 56)", (32, 64, 56, 56), False),
-    ("(32, 64, 56, 56) channels_last", (32, 64, 56, 56), True),
-    ("(32, 256, 14, 14)", (32, 256, 14, 14), False),
-    ("(32, 256, 14, 14) channels_last", (32, 256, 14, 14), True),
-    ("(2, 16, 8, 8), pure overhead", (2, 16, 8, 8), False),
-)
 LAYERS = ("conv 1", "conv 2", "dense 1", "dense 2")
 WITH, WITHOUT = report.BLUE, report.VERMILLION
 
@@ -92,9 +83,7 @@ WITH, WITHOUT = report.BLUE, report.VERMILLION
 def measure(run: Run) -> Record:
     """Train one side at one learning rate; "speed" times the layers instead."""
     if run.variant == "speed":
-        pairs = [_time(*shape, run.budget["timing_seconds"]) for shape in SHAPES]
-        backend, threads = normally.backends()["cpu"], torch.get_num_threads()
-        return {"pairs": pairs, "backend": f"{backend}, threads: {threads}"}
+        return speed.measure(run.budget["timing_seconds"])
     with one_thread():
         return _train(run)
 
@@ -130,53 +119,41 @@ def _train(run: Run) -> Record:
     }
 
 
-def _time(
-    name: str, shape: Sequence[int], channels_last: bool, seconds: float
-) -> list[tuple[float, float]]:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(*shape).contiguous(memory_format=layout).requires_grad_()
-    gradient = torch.randn(*shape).contiguous(memory_format=layout)
-    ours = normally.nn.BatchNorm2d(shape[1], act="relu")
-    theirs = nn.Sequential(nn.BatchNorm2d(shape[1]), nn.ReLU(inplace=True))
-
-    def step(layer: nn.Module) -> Callable[[], None]:
-        def forward_backward() -> None:
-            x.grad = None
-            layer(x).backward(gradient)
-
-        return forward_backward
-
-    return interleaved(step(ours), step(theirs), seconds=seconds)
-
-
 @EXPERIMENT.judges
 def judge(results: Results) -> Verdict:
     """Both criteria of the thresholds above."""
     faster, better = _epochs_effect(results, SMALL), _accuracy_effect(results, LARGE)
-    criteria = [Criterion(faster, 2.0), Criterion(better, 5.0)]
-    censored = _epochs_to_goal(results, "plain", SMALL).count(results.budget["epochs"] + 1)
+    never = results.budget["epochs"] + 1
+    plain, norm = (_epochs_to_goal(results, side, SMALL) for side in ("plain", "norm"))
+    unknown = (never, never) in zip(plain, norm, strict=True)
     return decide(
-        criteria,
-        f"At a learning rate of {SMALL:g} the plain LeNet needs {'at least ' if censored else ''}"
-        f"{number(faster.estimate)} times as many epochs as the one with batch normalization to "
-        f"reach 90 % test accuracy. At a learning rate of {LARGE:g} batch normalization ends with "
-        f"{number(abs(better.estimate))} points of test accuracy "
-        f"{'more' if better.estimate >= 0 else 'less'}.",
+        [Criterion(faster, 2.0, decidable=not unknown), Criterion(better, 5.0)],
+        f"At a learning rate of {SMALL:g} the plain LeNet needs "
+        f"{'at least ' if never in plain else ''}{number(faster.estimate)} times as many epochs as "
+        f"the one with batch normalization to reach {_goal(results)} test accuracy. At a learning "
+        f"rate of {LARGE:g} batch normalization ends with {number(abs(better.estimate))} points of "
+        f"test accuracy {'more' if better.estimate >= 0 else 'less'}."
+        + (f" With some seed neither side reached {_goal(results)}." if unknown else ""),
     )
 
 
 def _epochs_to_goal(results: Results, side: str, rate: float) -> list[float]:
-    """First epoch at `GOAL` a seed; one more than there were where it was not reached."""
+    """First epoch at the goal, by seed; one more than there were where it was not reached."""
+    goal = GOALS[results.data.name]
     accuracies = results.get(f"{side}-lr{rate:g}", "test_accuracy", _pairs(results, rate))
     return [
-        next((epoch for epoch, a in enumerate(row, 1) if a >= GOAL), len(row) + 1)
+        next((epoch for epoch, a in enumerate(row, 1) if a >= goal), len(row) + 1)
         for row in accuracies
     ]
 
 
+def _goal(results: Results) -> str:
+    return f"{GOALS[results.data.name]:.0%}".replace("%", " %")
+
+
 def _epochs_effect(results: Results, rate: float) -> Effect:
     plain, norm = (_epochs_to_goal(results, side, rate) for side in ("plain", "norm"))
-    name = f"epochs to 90 %, plain / with BN, at {rate:g}"
+    name = f"epochs to {_goal(results)}, plain / with BN, at {rate:g}"
     return paired_effect(name, plain, norm, "×", ratio=True)
 
 
@@ -196,42 +173,36 @@ def _pairs(results: Results, rate: float) -> list[int]:
 @EXPERIMENT.presents
 def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """Cards and sections of the page."""
-    speeds = [_speed(results, index) for index in range(len(SHAPES))]
     faster, better = _epochs_effect(results, SMALL), _accuracy_effect(results, LARGE)
-    control, speed = _accuracy_effect(results, MIDDLE), speeds[1]
+    control, layer = _accuracy_effect(results, MIDDLE), speed.ratio(results, 1)
     cards = [
         report.Card(
-            f"Fewer epochs to 90 %, learning rate {SMALL:g}",
+            f"Fewer epochs to {_goal(results)}, learning rate {SMALL:g}",
             number(faster.estimate, "×"),
-            _range(faster),
+            interval(faster),
         ),
         report.Card(
             f"Accuracy gained, learning rate {LARGE:g}",
             number(better.estimate, "points"),
-            _range(better),
+            interval(better),
         ),
         report.Card(
             f"Accuracy gained, learning rate {MIDDLE:g} (control)",
             number(control.estimate, "points"),
-            _range(control),
+            interval(control),
         ),
         report.Card(
-            "Our layer's speed against torch's, " + SHAPES[1][0],
-            f"{speed.estimate:.2f} ×",
-            _range(speed),
+            "Our layer's speed against torch's, " + layer.name,
+            f"{layer.estimate:.2f} ×",
+            interval(layer) + (", **disturbed**" if speed.disturbed(results, 1) else ""),
         ),
     ]
     return cards, [
         _training_section(results),
         _gap_section(results),
         _parameters_section(results),
-        _speed_section(results, speeds),
+        speed.section(results),
     ]
-
-
-def _range(effect: Effect) -> str:
-    low, high = number(effect.low), number(effect.high)
-    return f"95 % interval {low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high}"
 
 
 def _training_section(results: Results) -> report.Section:
@@ -287,7 +258,7 @@ def _training_section(results: Results) -> report.Section:
                     "test accuracy",
                     "lowest – highest",
                     "training loss",
-                    "epochs to 90 %",
+                    f"epochs to {_goal(results)}",
                     "diverged",
                 ],
                 rows,
@@ -418,78 +389,6 @@ def _parameters_section(results: Results) -> report.Section:
                     for rate, color in zip(RATES, colors, strict=True)
                 ],
                 columns=2,
-            ),
-        ],
-    )
-
-
-def _speed(results: Results, shape: int) -> Effect:
-    """Ratio of torch's time to ours: the median over pairs, with its interval."""
-    ratios = [theirs / ours for ours, theirs in _timings(results, shape)]
-    low, high = bootstrap(ratios, np.median, resamples=2000)
-    return Effect(SHAPES[shape][0], tuple(ratios), float(np.median(ratios)), low, high, "×")
-
-
-def _timings(results: Results, shape: int) -> list[tuple[float, float]]:
-    return [pair for pairs in results.get("speed", "pairs") for pair in pairs[shape]]
-
-
-def _speed_section(results: Results, speeds: Sequence[Effect]) -> report.Section:
-    canvas, axes = report.panel("torch's time / ours (1 = equal)", "", width=6.2, height=3.1)
-    intervals(
-        axes,
-        [speed.name for speed in speeds],
-        [speed.estimate for speed in speeds],
-        [speed.low for speed in speeds],
-        [speed.high for speed in speeds],
-        [WITH if speed.estimate >= 1 else WITHOUT for speed in speeds],
-    )
-    axes.axvline(1, color=report.GREY, linewidth=1.2)
-    axes.set_xscale("log", base=2)
-    ticks = [2.0**k for k in range(-5, 6)]
-    ends = min(0.5, *(s.low for s in speeds)) * 0.9, max(2.0, *(s.high for s in speeds)) * 1.1
-    axes.set_xticks([t for t in ticks if ends[0] <= t <= ends[1]])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} ×")
-    axes.set_xlim(*ends)
-    rows = []
-    for index, speed in enumerate(speeds):
-        ours, theirs = (
-            1e6 * np.median(times) for times in zip(*_timings(results, index), strict=True)
-        )
-        rows.append(
-            [
-                speed.name,
-                f"{ours:,.0f} µs",
-                f"{theirs:,.0f} µs",
-                f"{speed.estimate:.2f} ×",
-                f"{speed.low:.2f} – {speed.high:.2f}",
-                f"{len(speed.values)}",
-            ]
-        )
-    slower = [speed.name for speed in speeds if speed.high < 1]
-    lost = f"slower for {'; '.join(slower)}" if slower else "slower for none of these shapes"
-    won = sum(speed.low > 1 for speed in speeds)
-    backends = "; ".join(sorted(set(results.get("speed", "backend"))))
-    return report.Section(
-        "Our layer against torch's, on this machine",
-        [
-            f"Forward + backward of batch normalization with ReLU, float32; "
-            f"normally's CPU backend: {backends}. Ours is faster "
-            f"for {won} of {len(speeds)} shapes and {lost}.",
-            'In a model it is one line: `normally.nn.BatchNorm2d(64, act="relu")` in place of '
-            "`BatchNorm2d(64)` and `ReLU()`. `normally bench batch_norm` measures more shapes, "
-            "dtypes and layouts, with bytes and errors.",
-            report.Figure(
-                "speed",
-                [canvas],
-                "Dot: median of the ratio over interleaved pairs; bar: 95 % bootstrap interval. "
-                "Right of the line normally is faster.",
-                columns=1,
-            ),
-            report.Table(
-                ["input", "normally", "torch", "ratio", "95 % interval", "pairs"],
-                rows,
-                "Medians of wall-clock time.",
             ),
         ],
     )
