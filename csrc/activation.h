@@ -115,41 +115,61 @@ inline Vec<double> normal_cdf(Vec<double> z, Vec<double>& gaussian) {
 struct Identity {
   static constexpr bool kCostly = false;
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return z; }
+  static Vec<F> value(Vec<F> z, F) {
+    return z;
+  }
   template <typename F>
-  static Vec<F> gradient(Vec<F> g, Vec<F>, F) { return g; }
+  static Vec<F> gradient(Vec<F> g, Vec<F>, F) {
+    return g;
+  }
 };
 
 struct Relu {
   static constexpr bool kCostly = false;
   template <typename F>
-  static Bits<F> passes(Vec<F> z) { return ~(z <= F(0)); }
+  static Bits<F> passes(Vec<F> z) {
+    return ~(z <= F(0));
+  }
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return select<F>(z <= F(0), splat(F(0)), z); }
+  static Vec<F> value(Vec<F> z, F) {
+    return select<F>(z <= F(0), splat(F(0)), z);
+  }
   template <typename F>
-  static Vec<F> gradient(Vec<F> g, Vec<F> z, F) { return select<F>(z <= F(0), splat(F(0)), g); }
+  static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
+    return select<F>(z <= F(0), splat(F(0)), g);
+  }
 };
 
 struct Relu6 {
   static constexpr bool kCostly = false;
   template <typename F>
-  static Bits<F> passes(Vec<F> z) { return (z > F(0)) & (z < F(6)); }
+  static Bits<F> passes(Vec<F> z) {
+    return (z > F(0)) & (z < F(6));
+  }
   template <typename F>
   static Vec<F> value(Vec<F> z, F) {
     return select<F>(z <= F(0), splat(F(0)), select<F>(z >= F(6), splat(F(6)), z));
   }
   template <typename F>
-  static Vec<F> gradient(Vec<F> g, Vec<F> z, F) { return select<F>(passes<F>(z), g, splat(F(0))); }
+  static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
+    return select<F>(passes<F>(z), g, splat(F(0)));
+  }
 };
 
 struct LeakyRelu {
   static constexpr bool kCostly = false;
   template <typename F>
-  static Bits<F> passes(Vec<F> z) { return z > F(0); }
+  static Bits<F> passes(Vec<F> z) {
+    return z > F(0);
+  }
   template <typename F>
-  static Vec<F> value(Vec<F> z, F slope) { return select<F>(z > F(0), z, z * slope); }
+  static Vec<F> value(Vec<F> z, F slope) {
+    return select<F>(z > F(0), z, z * slope);
+  }
   template <typename F>
-  static Vec<F> gradient(Vec<F> g, Vec<F> z, F slope) { return select<F>(z > F(0), g, g * slope); }
+  static Vec<F> gradient(Vec<F> g, Vec<F> z, F slope) {
+    return select<F>(z > F(0), g, g * slope);
+  }
 };
 
 struct Elu {
@@ -169,7 +189,9 @@ struct Elu {
 struct Silu {
   static constexpr bool kCostly = true;
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return z / (F(1) + exp(-z)); }
+  static Vec<F> value(Vec<F> z, F) {
+    return z / (F(1) + exp(-z));
+  }
   template <typename F>
   static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
     const Vec<F> s = sigmoid<F>(z);
@@ -200,7 +222,9 @@ struct GeluTanh {
     return z * (F(1) + z * z * F(0.044715)) * F(1.59576912160573071176);
   }
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return z / (F(1) + exp(-twice_u<F>(z))); }
+  static Vec<F> value(Vec<F> z, F) {
+    return z / (F(1) + exp(-twice_u<F>(z)));
+  }
   template <typename F>
   static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
     const Vec<F> s = sigmoid<F>(twice_u<F>(z));
@@ -220,7 +244,9 @@ inline Vec<F> clamped_ramp(Vec<F> z) {  // clamp(z + 3, 0, 6)
 struct Hardswish {
   static constexpr bool kCostly = false;
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return z * clamped_ramp<F>(z) * (F(1) / F(6)); }
+  static Vec<F> value(Vec<F> z, F) {
+    return z * clamped_ramp<F>(z) * (F(1) / F(6));
+  }
   template <typename F>
   static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
     const Vec<F> middle = g * (z * (F(1) / F(3)) + F(0.5));
@@ -231,7 +257,9 @@ struct Hardswish {
 struct Hardsigmoid {
   static constexpr bool kCostly = false;
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return clamped_ramp<F>(z) * (F(1) / F(6)); }
+  static Vec<F> value(Vec<F> z, F) {
+    return clamped_ramp<F>(z) * (F(1) / F(6));
+  }
   template <typename F>
   static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
     const Bits<F> inside = (z > F(-3)) & (z < F(3));
@@ -242,7 +270,9 @@ struct Hardsigmoid {
 struct Sigmoid {
   static constexpr bool kCostly = true;
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return sigmoid<F>(z); }
+  static Vec<F> value(Vec<F> z, F) {
+    return sigmoid<F>(z);
+  }
   template <typename F>
   static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
     const Vec<F> s = sigmoid<F>(z);
@@ -253,7 +283,9 @@ struct Sigmoid {
 struct Tanh {
   static constexpr bool kCostly = true;
   template <typename F>
-  static Vec<F> value(Vec<F> z, F) { return tanh<F>(z); }
+  static Vec<F> value(Vec<F> z, F) {
+    return tanh<F>(z);
+  }
   template <typename F>
   static Vec<F> gradient(Vec<F> g, Vec<F> z, F) {
     const Vec<F> t = tanh<F>(z);
@@ -295,7 +327,8 @@ inline bool is_costly(int64_t code) {
 
 // act(z) and g · act'(z) of one double, by the activation's code: for values beyond float.
 inline double activation_value(int64_t code, double z, double p) {
-  with_activation(code, [&](auto act) { z = decltype(act)::template value<double>(splat(z), p)[0]; });
+  with_activation(code,
+                  [&](auto act) { z = decltype(act)::template value<double>(splat(z), p)[0]; });
   return z;
 }
 

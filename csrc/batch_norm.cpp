@@ -20,16 +20,15 @@ void check_parameter(const OptionalTensor& t, const Tensor& input, const char* n
                   " must have one element a channel");
   const ScalarType dtype = t->scalar_type(), own = input.scalar_type();
   const bool half = own == ScalarType::Half || own == ScalarType::BFloat16;
-  STD_TORCH_CHECK(dtype == own || (half && dtype == ScalarType::Float), "normally::batch_norm: ",
-                  name, " has a dtype that does not go with the input's");
+  STD_TORCH_CHECK(dtype == own || (half && dtype == ScalarType::Float),
+                  "normally::batch_norm: ", name, " has a dtype that does not go with the input's");
 }
 
 void check_like(const OptionalTensor& t, const Tensor& input, const char* name) {
   if (!t) return;
   bool same = t->dim() == input.dim() && t->scalar_type() == input.scalar_type();
   for (int64_t d = 0; same && d < input.dim(); ++d) same = t->size(d) == input.size(d);
-  STD_TORCH_CHECK(same, "normally::batch_norm: ", name,
-                  " must have the input's shape and dtype");
+  STD_TORCH_CHECK(same, "normally::batch_norm: ", name, " must have the input's shape and dtype");
 }
 
 // A parameter's values, and null where there is none.
@@ -43,10 +42,11 @@ struct Values {
   const F* data() const { return present ? values.data() : nullptr; }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& input, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
-    OptionalTensor mean, OptionalTensor var, double eps, int64_t correction, int64_t act,
-    double act_param, bool save_mask) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, OptionalTensor weight,
+                                           OptionalTensor bias, OptionalTensor residual,
+                                           OptionalTensor mean, OptionalTensor var, double eps,
+                                           int64_t correction, int64_t act, double act_param,
+                                           bool save_mask) {
   STD_TORCH_CHECK(input.dim() >= 2, "normally::batch_norm: input must have 2 dimensions or more");
   check_parameter(weight, input, "weight");
   check_parameter(bias, input, "bias");
@@ -117,10 +117,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_and_update(
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_output, const Tensor& input, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor residual, OptionalTensor mask, const Tensor& stats, bool training, double eps,
-    int64_t correction, int64_t act, double act_param, int64_t need) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                                    OptionalTensor weight, OptionalTensor bias,
+                                                    OptionalTensor residual, OptionalTensor mask,
+                                                    const Tensor& stats, bool training, double eps,
+                                                    int64_t correction, int64_t act,
+                                                    double act_param, int64_t need) {
   check_parameter(weight, input, "weight");
   check_parameter(bias, input, "bias");
   check_like(grad_output, input, "grad_output");
@@ -135,8 +137,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dresidual = need & kNeedResidual ? fresh_like(x) : nothing_like(input);
   const bool wants_dweight = weight && need & kNeedParameters;
   const bool wants_dbias = bias && need & kNeedParameters;
-  Tensor dweight = wants_dweight ? empty({geometry.channels}, {1}, weight->scalar_type()) : nothing_like(input);
-  Tensor dbias = wants_dbias ? empty({geometry.channels}, {1}, bias->scalar_type()) : nothing_like(input);
+  Tensor dweight =
+      wants_dweight ? empty({geometry.channels}, {1}, weight->scalar_type()) : nothing_like(input);
+  Tensor dbias =
+      wants_dbias ? empty({geometry.channels}, {1}, bias->scalar_type()) : nothing_like(input);
   std::vector<double> dweights(wants_dweight ? geometry.channels : 0);
   std::vector<double> dbiases(wants_dbias ? geometry.channels : 0);
 
@@ -163,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       call.mean = saved;
       call.var = saved + geometry.channels;
       call.dx = need & kNeedInput ? static_cast<T*>(dx.mutable_data_ptr()) : nullptr;
-      call.dresidual = need & kNeedResidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr;
+      call.dresidual =
+          need & kNeedResidual ? static_cast<T*>(dresidual.mutable_data_ptr()) : nullptr;
       call.dweight = wants_dweight ? dweights.data() : nullptr;
       call.dbias = wants_dbias ? dbiases.data() : nullptr;
       batch_norm_backward(call);

@@ -21,9 +21,9 @@ struct Normalization {
 template <typename T>
 struct ForwardCall : Normalization {
   const T* x;
-  const T* residual;          // or null
-  const Compute<T>* weight;   // (channels), or null
-  const Compute<T>* bias;     // (channels), or null
+  const T* residual;         // or null
+  const Compute<T>* weight;  // (channels), or null
+  const Compute<T>* bias;    // (channels), or null
   T* y;
   uint8_t* mask;  // one bit an element, rows padded to bytes; or null
   double* mean;   // (channels): written in training, else read
@@ -52,7 +52,8 @@ void batch_norm_forward(const ForwardCall<T>& call);
 template <typename T>
 void batch_norm_backward(const BackwardCall<T>& call);
 
-// y = act(((x - hi) - lo) * scale + offset): the mean in two parts, so that x - hi is exact near it.
+// y = act(((x - hi) - lo) * scale + offset): the mean in two parts, so that x - hi is exact near
+// it.
 template <typename F>
 struct Affine {
   F hi, lo, scale, offset;

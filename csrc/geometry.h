@@ -35,8 +35,8 @@ inline constexpr int64_t kSerialElements = 32768;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The walk of one channel, `outer` rows of `inner` values: chunks of whole rows, or of pieces of one
-// row, and segments of chunks.
+// The walk of one channel, `outer` rows of `inner` values: chunks of whole rows, or of pieces of
+// one row, and segments of chunks.
 struct ChannelWalk {
   int64_t rows_per_chunk, pieces, piece, chunks, segments;
 

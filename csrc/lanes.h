@@ -181,8 +181,8 @@ inline void store_first(T* p, Vec<Compute<T>> value, int count) {
   } else if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), std::bit_cast<__m512>(value));
   } else {
-    _mm256_mask_storeu_epi16(
-        p, static_cast<__mmask16>(mask), std::bit_cast<__m256i>(narrow(value, T{})));
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask),
+                             std::bit_cast<__m256i>(narrow(value, T{})));
   }
 #else
   T buffer[kLanes<T>];

@@ -111,9 +111,9 @@ class ShiftedSums {
   }
 };
 
-// A shift for the first chunk, whose rows of `count` values are `stride` apart: the mean of its first
-// 512 values or so, enough that one outlier among them cannot spoil it. Taken relative to the very
-// first, so that equal values give exactly themselves.
+// A shift for the first chunk, whose rows of `count` values are `stride` apart: the mean of its
+// first 512 values or so, enough that one outlier among them cannot spoil it. Taken relative to the
+// very first, so that equal values give exactly themselves.
 template <typename T>
 inline Compute<T> first_shift(const T* x, int64_t rows, int64_t stride, int64_t count) {
   using F = Compute<T>;

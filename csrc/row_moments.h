@@ -45,9 +45,8 @@ struct RowAffine {
       : hi(width + 16), lo(width + 16), scale(width + 16), offset(width + 16) {}
 
   void set(const ChannelColumns& columns, const Affine<F>& a) {
-    columns.each([&](int64_t j) {
-      hi[j] = a.hi, lo[j] = a.lo, scale[j] = a.scale, offset[j] = a.offset;
-    });
+    columns.each(
+        [&](int64_t j) { hi[j] = a.hi, lo[j] = a.lo, scale[j] = a.scale, offset[j] = a.offset; });
   }
 };
 
@@ -108,9 +107,7 @@ struct RowMoments {
     Moments total;
     for (int64_t s = 0; s < walk.segments; ++s) {
       const double rows = static_cast<double>(walk.segment_begin(s + 1) - walk.segment_begin(s));
-      columns.each([&](int64_t j) {
-        total.merge({rows, mean[s * width + j], m2[s * width + j]});
-      });
+      columns.each([&](int64_t j) { total.merge({rows, mean[s * width + j], m2[s * width + j]}); });
     }
     return total;
   }

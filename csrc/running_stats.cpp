@@ -1,7 +1,7 @@
 // The running statistics' update: in place, per channel, refused where a batch is not finite.
-#include <cmath>
-
 #include "running_stats.h"
+
+#include <cmath>
 
 namespace normally {
 namespace {
@@ -91,10 +91,10 @@ void update_running_stats(const OptionalTensor& running_mean, const OptionalTens
 namespace {
 
 void update(OptionalTensor running_mean, OptionalTensor running_var,
-            OptionalTensor num_batches_tracked, OptionalTensor skipped_updates,
-            const Tensor& stats, int64_t count, std::optional<double> momentum, bool unbiased) {
-  update_running_stats(running_mean, running_var, num_batches_tracked, skipped_updates, stats, count,
-                       momentum, unbiased);
+            OptionalTensor num_batches_tracked, OptionalTensor skipped_updates, const Tensor& stats,
+            int64_t count, std::optional<double> momentum, bool unbiased) {
+  update_running_stats(running_mean, running_var, num_batches_tracked, skipped_updates, stats,
+                       count, momentum, unbiased);
 }
 
 }  // namespace

@@ -16,6 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "ACTIVATIONS",
+    "DEFAULT_ACT_PARAM",
+    "DERIVATIVES",
+    "act_param_of",
+    "activate",
+    "batch_norm",
+    "batch_norm_backward",
+    "identity_parameters",
+    "layer_norm",
+    "moments",
+    "normalize",
+    "population_statistics",
+    "running_average",
+    "unbiased",
+    "widen",
+]
+
 #: The activations that a norm can be fused with, by name: z and the parameter to act(z).
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "relu": lambda z, _: F.relu(z),
@@ -31,7 +49,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": lambda z, _: torch.sigmoid(z),
     "tanh": lambda z, _: torch.tanh(z),
 }
-
 
 
 def _silu_slope(z: Tensor, _: float) -> Tensor:

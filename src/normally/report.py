@@ -40,6 +40,7 @@ __all__ = [
     "Table",
     "panel",
     "render",
+    "standalone",
     "style",
     "write",
 ]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from normally.functional import batch_norm
 from normally._ops import running_stats
+from normally.functional import batch_norm
 from tests.helpers import DTYPES, needs_native
 
 OP = torch.ops.normally.update_running_stats_.default

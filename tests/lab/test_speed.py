@@ -55,6 +55,9 @@ def test_a_disturbed_measurement_is_marked_and_not_counted(monkeypatch):
     assert speed.disturbed(noisy, 0)
     assert not speed.disturbed(results([[(1.0, 2.0)]], waited=0.01), 0)
     assert not speed.disturbed(results([[(1.0, 2.0)]], waited=None), 0)
+    noisy.records["speed", 1] = {"pairs": [[(1.0, 2.0)]], "backend": "x", "waited": [0.0]}
+    assert speed.ratio(noisy, 0).values == (2.0,)  # the quiet round alone
+    del noisy.records["speed", 1]
     with report.style():
         section = speed.section(noisy)
     assert "faster for 0 of 0" in section.content[0]

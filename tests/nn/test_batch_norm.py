@@ -226,7 +226,9 @@ def test_reset() -> None:
         assert_same_bits(value, fresh[key], key)
 
 
-@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"bias": False}])
+@pytest.mark.parametrize(
+    "options", [{"affine": False}, {"track_running_stats": False}, {"bias": False}]
+)
 def test_reset_of_what_is_not_there(options: dict[str, bool]) -> None:
     layer = nn.BatchNorm1d(3, **options)
     layer(values((6, 3), torch.float32))

@@ -87,7 +87,9 @@ def test_the_cumulative_average_divides_by_what_entered(way: str) -> None:
     layer(batch(4, 1))
     for channel, entered in ((0, (1, 3)), (1, (0, 1, 3)), (2, (0, 1))):
         good = [batch(step)[:, channel : channel + 1] for step in entered]
-        mean, var = reference.population_statistics([*good, *(batch(4)[:, channel : channel + 1],) * (channel != 1)])
+        mean, var = reference.population_statistics(
+            [*good, *(batch(4)[:, channel : channel + 1],) * (channel != 1)]
+        )
         if way == "fresh" or channel == 1:  # nothing new entered channel 1
             expected = mean, var
         else:

@@ -57,7 +57,9 @@ def test_strict_load_names_what_is_missing_and_what_is_too_much() -> None:
     layer = nn.BatchNorm2d(3)
     state = layer.state_dict()
     state["weights"] = state.pop("weight")
-    with pytest.raises(RuntimeError, match=r'Missing key.* "weight"[\s\S]*Unexpected key.*"weights"'):
+    with pytest.raises(
+        RuntimeError, match=r'Missing key.* "weight"[\s\S]*Unexpected key.*"weights"'
+    ):
         layer.load_state_dict(state)
     assert layer.load_state_dict(state, strict=False) == (["weight"], ["weights"])
     with pytest.raises(RuntimeError, match="size mismatch for weight"):

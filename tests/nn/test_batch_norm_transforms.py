@@ -194,7 +194,9 @@ def test_inference_mode() -> None:
     with torch.inference_mode():
         born = nn.BatchNorm1d(3, act="relu")
         born(x)
-        assert_same_bits(born.eval()(x), nn.BatchNorm1d(3, act="relu").eval()(x).detach() * 0 + born(x))
+        assert_same_bits(
+            born.eval()(x), nn.BatchNorm1d(3, act="relu").eval()(x).detach() * 0 + born(x)
+        )
         assert born.num_batches_tracked.item() == 1
 
 
@@ -216,7 +218,9 @@ def test_autocast_to_bfloat16(training: bool) -> None:
         assert y.dtype is torch.bfloat16
         y.float().square().sum().backward()
         results.append((y.float(), [p.grad for p in net.parameters()]))
-    for (name, buffer), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+    for (name, buffer), other in zip(
+        ours.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
         assert buffer.dtype is other.dtype
         torch.testing.assert_close(buffer, other, rtol=2**-6, atol=2**-6, msg=name)
     # Two layers that round to bfloat16 (2^-8), the second around values from the first.
@@ -228,7 +232,9 @@ def test_autocast_to_bfloat16(training: bool) -> None:
 def test_symbolic_tracing_keeps_the_layers(training: bool) -> None:
     net = model(act="relu").train(training)
     traced = torch.fx.symbolic_trace(copy.deepcopy(net))
-    kept = [type(traced.get_submodule(n.target)) for n in traced.graph.nodes if n.op == "call_module"]
+    kept = [
+        type(traced.get_submodule(n.target)) for n in traced.graph.nodes if n.op == "call_module"
+    ]
     assert kept.count(nn.BatchNorm2d) == kept.count(nn.BatchNorm1d) == 1
     x = values(SHAPE, torch.float32)
     assert_same_bits(traced(x), net(x))

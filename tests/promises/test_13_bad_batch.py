@@ -64,6 +64,21 @@ def test_nan_is_not_swallowed(act: str | None) -> None:
         assert y[:, ::2].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("payload", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7FFF8000])
+def test_a_nan_of_any_payload_survives_the_narrowing(payload: int, dtype: torch.dtype) -> None:
+    """Rounding a mantissa of ones up as if it were a number makes 0 of a NaN."""
+    nan = torch.tensor([payload], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan()
+    x = values((4, 1, 37), dtype)
+    for layout in ("contiguous", "channels_last"):
+        for weight, bias in ((None, nan), (nan, None)):
+            for training in (True, False):
+                statistics = (None, None) if training else (torch.zeros(1), torch.ones(1))
+                y = batch_norm(lay_out(x, layout), *statistics, weight, bias, training)
+                assert y.isnan().all(), (layout, training)
+
+
 def test_the_plain_average_of_the_good_batches() -> None:
     """momentum=None divides by the batches that entered, channel by channel."""
     layer = nn.BatchNorm1d(3, momentum=None)

@@ -5,8 +5,8 @@ kernels, which register themselves against those definitions.
 """
 
 from .. import _native
-from . import batch_norm, running_stats
+from . import batch_norm, batch_norm_transforms, running_stats
 
 _native.load()
 
-__all__ = ["batch_norm", "running_stats"]
+__all__ = ["batch_norm", "batch_norm_transforms", "running_stats"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 #: Schemas are defined here, once; compiled libraries only add implementations.
-LIBRARY = torch.library.Library("normally", "DEF")  # noqa: TOR901 - lives as long as the process
+LIBRARY = torch.library.Library("normally", "DEF")
 
 
 def define(schema: str, *, fallback: Callable[..., Any], fake: Callable[..., Any]) -> Any:

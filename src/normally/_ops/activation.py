@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..reference import ACTIVATIONS, DEFAULT_ACT_PARAM
 
 #: None is 0; the others count from 1 in the order of `reference.ACTIVATIONS`, as csrc/activation.h.
@@ -29,7 +31,7 @@ def encode(act: str | None, act_param: float | None, caller: str) -> tuple[int, 
     return _CODES[act], float(act_param)
 
 
-def decode(code: int, act_param: float) -> dict[str, str | float | None]:
+def decode(code: int, act_param: float) -> dict[str, Any]:
     """The keyword arguments of `normally.reference` for an operator's code and parameter."""
     name = NAMES[code]
     return {"act": name, "act_param": act_param if name in DEFAULT_ACT_PARAM else None}

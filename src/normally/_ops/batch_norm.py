@@ -1,4 +1,4 @@
-"""`normally::batch_norm` and its backward: schemas, shapes, autograd, vmap, fallback.
+"""`normally::batch_norm` and its backward: schemas, shapes, autograd, fallback.
 
     batch_norm(input, weight, bias, residual, mean, var, …) -> (output, stats, mask)
 
@@ -21,32 +21,10 @@ from torch import Tensor
 from .. import reference
 from . import activation, running_stats
 from ._library import LIBRARY, define
-
-#: Rows of at most this many elements per channel are walked across channels: kernels.h agrees.
-MAX_SHORT_ROW = 8
+from .mask import mask_shape, unpack_mask
 
 # What the backward must compute, as bits of `need`.
 NEED_INPUT, NEED_PARAMETERS, NEED_RESIDUAL = 1, 2, 4
-
-
-def mask_shape(output: Tensor) -> tuple[int, int]:
-    """(rows, bytes a row) of the mask of a dense `output`, following its order in memory.
-
-    A dense tensor is (outer, C, inner) in memory, `inner` being the stride of the channel.
-    """
-    channels = output.shape[1]
-    inner = output.stride(1) if channels > 1 else output.numel()
-    row = channels * inner if inner <= MAX_SHORT_ROW else inner
-    return (output.numel() // row if row else 0), (row + 7) // 8
-
-
-def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask as a bool tensor of the shape and strides of `like`, which is dense."""
-    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
-    rows, _ = mask.shape
-    row = like.numel() // rows if rows else 0
-    flat = bits.flatten(1)[:, :row].flatten().to(torch.bool)
-    return flat.as_strided(like.shape, like.stride()) if like.numel() else flat.view(like.shape)
 
 
 def _forward_fallback(
@@ -96,15 +74,15 @@ def _stats_like(input: Tensor) -> Tensor:
 
 def _forward_fake(
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
-    correction: int,
-    act: int,
-    act_param: float,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    mean: Any,
+    var: Any,
+    eps: Any,
+    correction: Any,
+    act: Any,
+    act_param: Any,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = torch.empty_like(input)
@@ -138,7 +116,7 @@ def _forward_and_update_fallback(
     act_param: float,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result = forward(
+    result: tuple[Tensor, Tensor, Tensor] = forward(
         input, weight, bias, residual, None, None, eps, correction, act, act_param, save_mask
     )
     count = input.numel() // max(1, input.shape[1])
@@ -150,7 +128,8 @@ def _forward_and_update_fallback(
 
 
 def _forward_and_update_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward_fake(input, *args[:3], None, None, *args[9:])
+    unused = (None,) * 9
+    return _forward_fake(input, *unused, save_mask=args[-1])
 
 
 # `batch_norm` in training and `update_running_stats_` in one call, which saves 4 µs where the call
@@ -265,9 +244,6 @@ backward = define(
 )
 
 
-# --- autograd -------------------------------------------------------------------------------
-
-
 def _remember(
     ctx: Any,
     tensors: tuple[Tensor | None, ...],
@@ -284,8 +260,11 @@ def _remember(
     ctx.has_residual = residual is not None
 
 
-def _differentiate(
-    ctx: Any, grad_output: Tensor, call: Callable[..., tuple[Tensor, ...]]
+def differentiate(
+    ctx: Any,
+    saved: tuple[Tensor | None, ...],
+    grad_output: Tensor,
+    call: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight, bias and residual by `call`, the backward operator."""
     needs = ctx.needs_input_grad
@@ -297,7 +276,7 @@ def _differentiate(
         | (NEED_RESIDUAL if act and needs[3] else 0)
     )
     grad_input, grad_residual, grad_weight, grad_bias = call(
-        grad_output, *ctx.saved_tensors, *config, need
+        grad_output, *saved, *config, need
     )
     if ctx.has_residual and not act:
         grad_residual = grad_output
@@ -309,7 +288,7 @@ def _differentiate(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, stats, mask = output
     ctx.mark_non_differentiable(stats, mask)
     _remember(ctx, inputs[:4], stats, mask, (inputs[4] is None, *inputs[6:10]))
@@ -318,15 +297,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _autograd_backward(
     ctx: Any, grad_output: Tensor, _stats: Tensor, _mask: Tensor
 ) -> tuple[Tensor | None, ...]:
-    return (*_differentiate(ctx, grad_output, backward), *(None,) * 7)
+    return (*differentiate(ctx, ctx.saved_tensors, grad_output, backward), *(None,) * 7)
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:7])
     ctx.config = inputs[7:12]
 
 
-def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     *primals, mask, stats = ctx.saved_tensors
     if primals[1].numel() == 0:
         return (*(None if t is None else torch.zeros_like(t) for t in primals), *(None,) * 8)
@@ -337,7 +316,7 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         given = iter(tensors)
         return formula(*(next(given) if t is not None else None for t in primals))
 
-    gradients, vjp = torch.func.vjp(of_present, *present)
+    gradients, vjp = torch.func.vjp(of_present, *present)  # type: ignore[misc]
     # What was not asked for came back empty: its cotangent is zero.
     cotangents = tuple(
         c.to(g.dtype) if c is not None and c.shape == g.shape else torch.zeros_like(g)
@@ -351,13 +330,13 @@ def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(
     "normally::batch_norm",
     _autograd_backward,
-    setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
+    setup_context=lambda ctx, inputs, output: save(ctx, inputs, output),
     lib=LIBRARY,
 )
 torch.library.register_autograd(
     "normally::batch_norm_backward",
-    _double_backward,
-    setup_context=lambda ctx, inputs, output: _save_backward(ctx, inputs, output),
+    double_backward,
+    setup_context=lambda ctx, inputs, output: save_backward(ctx, inputs, output),
     lib=LIBRARY,
 )
 
@@ -371,10 +350,11 @@ class EagerBatchNorm(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Tensor:
         """Without the base class's look for functorch, which the caller has done: 3 µs."""
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        output: Tensor = super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return output
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         weight: Tensor | None,
@@ -391,114 +371,13 @@ class EagerBatchNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiable itself where the caller asked for a graph."""
+        # Outside of the guard below: unpacking may run a checkpointed forward, with autograd.
+        saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = _differentiate(ctx, grad_output, backward)
+            gradients = differentiate(ctx, saved, grad_output, backward)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                gradients = _differentiate(ctx, grad_output, backward)
+                gradients = differentiate(ctx, saved, grad_output, backward)
         return (*gradients, None, None, None)
-
-
-# --- vmap: a mapped dimension folds into the channels, which are normalized one by one ---------
-
-
-def _fold(
-    tensor: Tensor | None, dim: int | None, size: int, channel_dim: int
-) -> Tensor | None:
-    """Move the mapped dimension (or a new one) in front of the channels and merge the two."""
-    if tensor is None:
-        return None
-    if dim is None:
-        tensor = tensor.unsqueeze(0).expand(size, *tensor.shape)
-        dim = 0
-    return tensor.movedim(dim, channel_dim).flatten(channel_dim, channel_dim + 1)
-
-
-def _unfold(tensor: Tensor, size: int, channel_dim: int) -> Tensor:
-    return tensor.unflatten(channel_dim, (size, tensor.shape[channel_dim] // size))
-
-
-def _map_forward(
-    call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    size = info.batch_size
-    folded = [
-        _fold(tensor, dim, size, channel_dim)
-        for tensor, dim, channel_dim in zip(args[:6], in_dims, (1, 0, 0, 1, 0, 0), strict=False)
-    ]
-    output, stats, mask = call(*folded, *args[6:10], False)
-    return (_unfold(output, size, 1), _unfold(stats, size, 1), mask), (1, 1, None)
-
-
-def _map_backward(
-    call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    size = info.batch_size
-    if args[5] is not None:
-        raise RuntimeError("normally::batch_norm_backward: a saved mask cannot be mapped over.")
-    folded = [
-        _fold(tensor, dim, size, channel_dim)
-        for tensor, dim, channel_dim in zip(args[:7], in_dims, (1, 1, 0, 0, 1, 0, 1), strict=False)
-    ]
-    results = call(*folded, *args[7:])
-    need = args[12]
-    asked = (
-        need & NEED_INPUT,
-        need & NEED_RESIDUAL,
-        need & NEED_PARAMETERS and args[2] is not None,
-        need & NEED_PARAMETERS and args[3] is not None,
-    )
-    dims = tuple(d if a else None for d, a in zip((1, 1, 0, 0), asked, strict=True))
-    outputs = tuple(
-        t if d is None else _unfold(t, size, d) for t, d in zip(results, dims, strict=True)
-    )
-    return outputs, dims
-
-
-torch.library.register_vmap(
-    "normally::batch_norm",
-    lambda info, in_dims, *args: _map_forward(forward, info, in_dims, args),
-    lib=LIBRARY,
-)
-torch.library.register_vmap(
-    "normally::batch_norm_backward",
-    lambda info, in_dims, *args: _map_backward(backward, info, in_dims, args),
-    lib=LIBRARY,
-)
-
-
-class TransformableBatchNorm(torch.autograd.Function):
-    """The derivative in the form that `torch.func` transforms can take apart and nest."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """The operator itself."""
-        return forward(*inputs)  # type: ignore[no-any-return]
-
-    setup_context = staticmethod(_save)  # type: ignore[assignment]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Through a function that has a derivative under transforms, too."""
-        call = _TransformableBackward.apply
-        return (*_differentiate(ctx, grad_output, call), *(None,) * 7)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:  # type: ignore[override]
-        """Fold and call again, one level down."""
-        return _map_forward(TransformableBatchNorm.apply, info, in_dims, args)
-
-
-class _TransformableBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return backward(*inputs)  # type: ignore[no-any-return]
-
-    setup_context = staticmethod(_save_backward)  # type: ignore[assignment]
-    backward = staticmethod(_double_backward)  # type: ignore[assignment]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:  # type: ignore[override]
-        return _map_backward(_TransformableBackward.apply, info, in_dims, args)

@@ -39,7 +39,7 @@ def _update_fallback(
         skipped_updates += ~sound
     factor: float | Tensor
     if momentum is None:
-        assert num_batches_tracked is not None  # functional.batch_norm refuses this  # noqa: S101
+        assert num_batches_tracked is not None  # functional.batch_norm refuses this
         entered = num_batches_tracked - (0 if skipped_updates is None else skipped_updates)
         factor = 1.0 / entered.clamp(min=1).to(mean.dtype)
     else:

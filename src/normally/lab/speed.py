@@ -123,13 +123,21 @@ def ratio(results: Results, shape: int) -> Effect:
 
 
 def disturbed(results: Results, shape: int) -> bool:
-    """Whether other programs held the cores for more than `_WAITED` of the time, with any seed."""
+    """Whether other programs held the cores for more than `_WAITED` of the time, in every round."""
+    return not _quiet(results, shape)
+
+
+def _quiet(results: Results, shape: int) -> list[int]:
+    """The seeds in whose round this process had its cores, or could not tell."""
+    seeds = results.seeds("speed")
     waited = [fractions[shape] for fractions in results.get("speed", "waited")]
-    return any(fraction is not None and fraction > _WAITED for fraction in waited)
+    return [seed for seed, w in zip(seeds, waited, strict=True) if w is None or w <= _WAITED]
 
 
 def _timings(results: Results, shape: int) -> list[tuple[float, float]]:
-    return [pair for pairs in results.get("speed", "pairs") for pair in pairs[shape]]
+    """The pairs of all quiet rounds; of all rounds where none was quiet."""
+    seeds = _quiet(results, shape) or results.seeds("speed")
+    return [pair for pairs in results.get("speed", "pairs", seeds) for pair in pairs[shape]]
 
 
 def _color(speed: Effect, doubt: bool) -> str:
@@ -153,9 +161,9 @@ def section(results: Results) -> report.Section:
     )
     axes.axvline(1, color=report.GREY, linewidth=1.2)
     axes.set_xscale("log", base=2)
-    ticks = [2.0**k for k in range(-5, 6)]
     ends = min(0.5, *(s.low for s in speeds)) * 0.9, max(2.0, *(s.high for s in speeds)) * 1.1
-    axes.set_xticks([t for t in ticks if ends[0] <= t <= ends[1]])
+    ticks = [2.0**k for k in range(-10, 11) if ends[0] <= 2.0**k <= ends[1]]
+    axes.set_xticks(ticks[:: 1 + len(ticks) // 7])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} ×")
     axes.set_xlim(*ends)
     rows = []
@@ -179,8 +187,8 @@ def section(results: Results) -> report.Section:
     won = sum(speed.low > 1 for speed in clean)
     warning = (
         f" **{sum(unsure)} of {len(speeds)} measurements were disturbed by other programs** "
-        f"(these threads waited for a core for over {_WAITED:.0%} of the time): grey, not counted, "
-        "and not to be trusted. Measure again on a quiet machine."
+        f"(in every round these threads waited for a core for over {100 * _WAITED:g} % of the "
+        "time): grey, not counted, and not to be trusted. Measure again on a quiet machine."
     )
     backends = "; ".join(sorted(set(results.get("speed", "backend"))))
     return report.Section(
@@ -202,7 +210,8 @@ def section(results: Results) -> report.Section:
             report.Table(
                 ["input", "normally", "torch", "ratio", "95 % interval", "pairs"],
                 rows,
-                "Medians of wall-clock time.",
+                "Medians of wall-clock time. One round a seed; a round in which these threads "
+                f"waited for a core for over {100 * _WAITED:g} % of the time is left out.",
             ),
         ],
     )

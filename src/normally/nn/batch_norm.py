@@ -1,4 +1,4 @@
-"""BatchNorm1d, 2d, 3d and their lazy forms.
+"""BatchNorm1d, 2d and 3d.
 
 Subclasses of torch's, so that everything which recognizes those recognizes these, with the same
 parameters, buffers and state dict. The maths is `normally.functional.batch_norm`.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer
 
 from .. import functional
 from .._ops import activation
@@ -78,7 +78,9 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 f"Got on_single_value={on_single_value!r}."
             )
         if correction < 0:
-            raise ValueError(f"{caller}: correction must be 0 or more. Got correction={correction}.")
+            raise ValueError(
+                f"{caller}: correction must be 0 or more. Got correction={correction}."
+            )
         if memory_efficient:
             raise NotImplementedError(
                 f"{caller}: memory_efficient is not implemented in this version of normally."
@@ -138,7 +140,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
             return _traced(self, input, residual)
         try:
-            self._check_input_dim(input)
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
             training = self.training
             running_mean, running_var = self.running_mean, self.running_var
             tracks = self.track_running_stats or not training
@@ -279,84 +281,3 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 5:
             raise _dims_error("5D", input)
-
-
-class _LazyBatchNorm(_BatchNorm):
-    """What the lazy layers share: `num_features` comes from the first input."""
-
-    weight: UninitializedParameter  # type: ignore[assignment]
-    bias: UninitializedParameter | None  # type: ignore[assignment]
-
-    def __init__(
-        self,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        act: str | None = None,
-        act_param: float | None = None,
-        channel_dim: int = 1,
-        unbiased: bool = True,
-        correction: int = 0,
-        on_single_value: str = "error",
-        memory_efficient: bool = False,
-    ) -> None:
-        # torch's lazy classes are next but one in the method resolution order; they take no
-        # num_features.
-        torch.nn.modules.batchnorm._LazyNormBase.__init__(
-            self, eps, momentum, affine, track_running_stats, device, dtype
-        )
-        if not bias:
-            self.register_parameter("bias", None)
-        self._configure(
-            act, act_param, channel_dim, unbiased, correction, on_single_value, memory_efficient
-        )
-        self.register_buffer("_skipped_updates", None, persistent=False)
-
-    def reset_parameters(self) -> None:
-        """Nothing before the first input."""
-        if not self.has_uninitialized_params() and self.num_features != 0:
-            super().reset_parameters()
-
-    def initialize_parameters(self, input: Tensor, *args: object, **kwargs: object) -> None:
-        """Take `num_features` from the first input and create parameters and buffers."""
-        if not self.has_uninitialized_params():
-            return
-        self.num_features = input.shape[self.channel_dim]
-        shape = (self.num_features,)
-        for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
-            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-                tensor.materialize(shape)
-        self.reset_parameters()
-        self._count_skipped_updates()
-
-
-class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):
-    """`BatchNorm1d` that takes `num_features` from its first input.
-
-    >>> layer = LazyBatchNorm1d()
-    >>> _ = layer(torch.rand(4, 3))
-    >>> type(layer).__name__, layer.num_features
-    ('BatchNorm1d', 3)
-    """
-
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
-    _check_input_dim = BatchNorm1d._check_input_dim
-
-
-class LazyBatchNorm2d(_LazyBatchNorm, torch.nn.LazyBatchNorm2d):
-    """`BatchNorm2d` that takes `num_features` from its first input."""
-
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
-    _check_input_dim = BatchNorm2d._check_input_dim
-
-
-class LazyBatchNorm3d(_LazyBatchNorm, torch.nn.LazyBatchNorm3d):
-    """`BatchNorm3d` that takes `num_features` from its first input."""
-
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
-    _check_input_dim = BatchNorm3d._check_input_dim

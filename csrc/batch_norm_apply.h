@@ -1,0 +1,128 @@
+// The forward's inner loops once the statistics are known: normalize, add, activate, store.
+//
+// One class an activation; the walks in batch_norm_forward.cpp call them through ForwardKernel and
+// are compiled once a type.
+#pragma once
+
+#include "activation.h"
+#include "batch_norm.h"
+#include "mask.h"
+#include "pages.h"
+#include "row_moments.h"
+
+namespace normally {
+
+// What differs between activations; the walks below are compiled once a type.
+template <typename T>
+struct ForwardKernel {
+  using F = Compute<T>;
+  virtual void chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a) const = 0;
+  virtual void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                    const RowAffine<F>& a) const = 0;
+
+ protected:
+  ~ForwardKernel() = default;
+};
+
+template <typename T, typename Act, bool kMask>
+struct Apply final : ForwardKernel<T> {
+  using F = Compute<T>;
+  static constexpr int64_t kWidth = kLanes<T>;
+  // Vectors of columns whose constants stay in registers.
+  static constexpr int kTile = kVectorBytes == 64 ? 4 : 2;
+  const ForwardCall<T>& call;
+  explicit Apply(const ForwardCall<T>& forward_call) : call(forward_call) {}
+  const F p = static_cast<F>(call.act_param);
+  const bool stream = worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)));
+
+  // One vector at element `i` of a row whose mask starts at `mask`; the first `count` lanes.
+  template <bool kWhole>
+  void vector(Vec<F> hi, Vec<F> lo, Vec<F> scale, Vec<F> offset, const T* x, const T* residual,
+              T* y, uint8_t* mask, int64_t i, int64_t count, bool streams) const {
+    const int lanes = static_cast<int>(count);
+    Vec<F> z = ((kWhole ? load(x) : load_first(x, lanes)) - hi - lo) * scale + offset;
+    if (residual) z += kWhole ? load(residual) : load_first(residual, lanes);
+    if constexpr (kMask) write_bits<T>(mask, i, to_bits<F>(Act::template passes<F>(z)), count);
+    z = Act::template value<F>(z, p);
+    if constexpr (!kWhole) {
+      store_first(y, z, lanes);
+    } else if (streams) {
+      store_streaming(y, z);
+    } else {
+      store(y, z);
+    }
+  }
+
+  void chunk_row(int64_t row_index, int64_t begin, int64_t count,
+                 const Affine<F>& a) const override {
+    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale),
+                 offset = splat(a.offset);
+    const int64_t at = row_index * call.geometry.inner + begin;
+    const T* x = call.x + at;
+    const T* residual = call.residual ? call.residual + at : nullptr;
+    T* y = call.y + at;
+    uint8_t* mask =
+        kMask ? call.mask + row_index * mask_row_bytes(call.geometry) + begin / 8 : nullptr;
+    const bool streams = stream && is_aligned(y);
+    int64_t i = 0;
+#pragma GCC unroll 4
+    for (; i + kWidth <= count; i += kWidth) {
+      vector<true>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+                   kWidth, streams);
+    }
+    if (i < count) {
+      vector<false>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+                    count - i, false);
+    }
+  }
+
+  // `kVectors` vectors of columns, row by row.
+  template <int kVectors, bool kWhole>
+  void columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int64_t count,
+               const RowAffine<F>& a, bool streams) const {
+    Vec<F> hi[kVectors], lo[kVectors], scale[kVectors], offset[kVectors];
+    for (int k = 0; k < kVectors; ++k) {
+      hi[k] = load(a.hi.data() + column + k * kWidth);
+      lo[k] = load(a.lo.data() + column + k * kWidth);
+      scale[k] = load(a.scale.data() + column + k * kWidth);
+      offset[k] = load(a.offset.data() + column + k * kWidth);
+    }
+    const int64_t mask_row = (width + 7) / 8;
+    // After statistics backwards, since what they read last is still in the cache; in evaluation
+    // forwards, as fresh pages come.
+    const int64_t step = call.training ? -1 : 1;
+    int64_t row = call.training ? row_end - 1 : row_begin;
+    for (int64_t n = row_begin; n < row_end; ++n, row += step) {
+      const int64_t at = row * width + column;
+      uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t next = at + k * kWidth;
+        vector<kWhole>(hi[k], lo[k], scale[k], offset[k], call.x + next,
+                       call.residual ? call.residual + next : nullptr, call.y + next, mask,
+                       column + k * kWidth, kWhole ? kWidth : count, streams);
+      }
+    }
+  }
+
+  // Rows [row_begin, row_end), columns [begin, end), in tiles that stay in the cache.
+  void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+            const RowAffine<F>& a) const override {
+    const bool streams = stream && is_aligned(call.y) && width % kWidth == 0;
+    const int64_t tiles = ceil_div(row_end - row_begin, kRowTile);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t tile = row_begin + (call.training ? tiles - 1 - t : t) * kRowTile;
+      const int64_t tile_end = std::min(tile + kRowTile, row_end);
+      int64_t column = begin;
+      for (; column + kTile * kWidth <= end; column += kTile * kWidth) {
+        columns<kTile, true>(width, tile, tile_end, column, 0, a, streams);
+      }
+      for (; column + kWidth <= end; column += kWidth) {
+        columns<1, true>(width, tile, tile_end, column, 0, a, streams);
+      }
+      if (column < end) columns<1, false>(width, tile, tile_end, column, end - column, a, false);
+    }
+  }
+};
+
+}  // namespace normally

@@ -1,0 +1,286 @@
+// The backward's inner loops: over a row of one channel, and over rows across channels.
+//
+// One class an activation and source of its derivative; the walks in batch_norm_backward.cpp call
+// them through BackwardKernel and are compiled once a type.
+#pragma once
+
+#include "activation.h"
+#include "batch_norm.h"
+#include "mask.h"
+#include "pages.h"
+#include "row_moments.h"
+
+namespace normally {
+
+struct Sums {
+  double g = 0, gx = 0;  // Σg and Σg·(x - mean)
+};
+
+// dx = g · scale - (constant + (x - mean) · slope)
+template <typename F>
+struct Slope {
+  F constant, slope;
+};
+
+// Float sums of one channel, kept over the rows of a chunk.
+template <typename F>
+struct RowSums {
+  static constexpr int kChains = 2;
+  Vec<F> g[kChains] = {}, gx[kChains] = {};
+  Sums total() const { return {sum<F>(g[0] + g[1]), sum<F>(gx[0] + gx[1])}; }
+};
+
+// What differs between activations; the walks below are compiled once a type.
+template <typename T>
+struct BackwardKernel {
+  using F = Compute<T>;
+  virtual void sum_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
+                             RowSums<F>& sums) const = 0;
+  virtual void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
+                            const Slope<F>& s) const = 0;
+  virtual void sum_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
+                        int64_t end, const RowAffine<F>& a, RowScratch<F>& scratch) const = 0;
+  virtual void dx_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
+                       int64_t end, const RowAffine<F>& a, const F* constant,
+                       const F* slope) const = 0;
+
+ protected:
+  ~BackwardKernel() = default;
+};
+
+template <typename T, typename Act, bool kMask>
+struct Gradient final : BackwardKernel<T> {
+  using F = Compute<T>;
+  static constexpr int64_t kWidth = kLanes<T>;
+  const BackwardCall<T>& call;
+  const F p = static_cast<F>(call.act_param);
+  const bool stream = worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)));
+
+  explicit Gradient(const BackwardCall<T>& backward_call) : call(backward_call) {}
+
+  template <bool kWhole>
+  static Vec<F> get(const T* at, int count) {
+    return kWhole ? load(at) : load_first(at, count);
+  }
+
+  // g at element `at` of memory, bit `i` of the mask's row.
+  template <bool kWhole>
+  Vec<F> g(Vec<F> centred, Vec<F> scale, Vec<F> offset, int64_t at, const uint8_t* mask, int64_t i,
+           int count) const {
+    const Vec<F> dy = get<kWhole>(call.dy + at, count);
+    if constexpr (kMask) {
+      const Bits<F> passes = from_bits<F>(read_bits<T>(mask, i, count));
+      if constexpr (std::is_same_v<Act, LeakyRelu>) return select<F>(passes, dy, dy * p);
+      return select<F>(passes, dy, Vec<F>{});
+    } else if constexpr (std::is_same_v<Act, Identity>) {
+      return dy;
+    } else {
+      Vec<F> z = centred * scale + offset;
+      if (call.residual) z += get<kWhole>(call.residual + at, count);
+      return Act::template gradient<F>(dy, z, p);
+    }
+  }
+
+  template <bool kWhole>
+  void put(T* at, Vec<F> value, int count) const {
+    if constexpr (kWhole) {
+      store(at, value);
+    } else {
+      store_first(at, value, count);
+    }
+  }
+
+  // One vector of the first sweep.
+  template <bool kWhole>
+  void sum_vector(const Vec<F>& hi, const Vec<F>& lo, const Vec<F>& scale, const Vec<F>& offset,
+                  int64_t at, const uint8_t* mask, int64_t i, int count, Vec<F>& sg,
+                  Vec<F>& sgx) const {
+    Vec<F> centred = get<kWhole>(call.x + at, count) - hi - lo;
+    Vec<F> value = g<kWhole>(centred, scale, offset, at, mask, i, count);
+    if constexpr (!kWhole) {
+      const Bits<F> inside = lane_numbers<F>() < count;
+      value = select<F>(inside, value, Vec<F>{});
+      centred = select<F>(inside, centred, Vec<F>{});
+    }
+    sg += value;
+    sgx += value * centred;
+    if (call.g) put<kWhole>(call.g + at, value, count);
+  }
+
+  // One vector of the second sweep.
+  template <bool kWhole>
+  void dx_vector(const Vec<F>& hi, const Vec<F>& lo, const Vec<F>& scale, const Vec<F>& offset,
+                 const Vec<F>& constant, const Vec<F>& slope, int64_t at, const uint8_t* mask,
+                 int64_t i, int count, bool streams) const {
+    const Vec<F> centred = get<kWhole>(call.x + at, count) - hi - lo;
+    Vec<F> value = g<kWhole>(centred, scale, offset, at, mask, i, count);
+    value = value * scale - (centred * slope + constant);
+    if constexpr (!kWhole) {
+      store_first(call.dx + at, value, count);
+    } else if (streams) {
+      store_streaming(call.dx + at, value);
+    } else {
+      store(call.dx + at, value);
+    }
+  }
+
+  // --- a row of one channel ---------------------------------------------------------------
+
+  void sum_row(int64_t at, const uint8_t* mask, int64_t count, const Affine<F>& a,
+               RowSums<F>& sums) const {
+    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale),
+                 offset = splat(a.offset);
+    RowSums<F> local = sums;
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        const int64_t j = i + k * kWidth;
+        sum_vector<true>(hi, lo, scale, offset, at + j, mask, j, kWidth, local.g[k], local.gx[k]);
+      }
+    }
+    if (i + kWidth <= count) {
+      sum_vector<true>(hi, lo, scale, offset, at + i, mask, i, kWidth, local.g[0], local.gx[0]);
+      i += kWidth;
+    }
+    if (i < count) {
+      sum_vector<false>(hi, lo, scale, offset, at + i, mask, i, static_cast<int>(count - i),
+                        local.g[1], local.gx[1]);
+    }
+    sums = local;
+  }
+
+  const uint8_t* mask_at(int64_t row, int64_t begin) const {
+    return kMask ? call.mask + row * mask_row_bytes(call.geometry) + begin / 8 : nullptr;
+  }
+
+  void sum_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
+                     RowSums<F>& sums) const override {
+    sum_row(row * call.geometry.inner + begin, mask_at(row, begin), count, a, sums);
+  }
+
+  void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
+                    const Slope<F>& s) const override {
+    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale),
+                 offset = splat(a.offset);
+    const Vec<F> constant = splat(s.constant), slope = splat(s.slope);
+    const int64_t at = row * call.geometry.inner + begin;
+    const uint8_t* mask = mask_at(row, begin);
+    const bool streams = stream && call.dy != call.dx && is_aligned(call.dx + at);
+    int64_t i = 0;
+#pragma GCC unroll 2
+    for (; i + kWidth <= count; i += kWidth) {
+      dx_vector<true>(hi, lo, scale, offset, constant, slope, at + i, mask, i, kWidth, streams);
+    }
+    if (i < count) {
+      dx_vector<false>(hi, lo, scale, offset, constant, slope, at + i, mask, i,
+                       static_cast<int>(count - i), false);
+    }
+  }
+
+  // --- rows across channels -----------------------------------------------------------------
+
+  struct ColumnConstants {
+    Vec<F> hi, lo, scale, offset;
+    ColumnConstants() = default;
+    ColumnConstants(const RowAffine<F>& a, int64_t column)
+        : hi(load(a.hi.data() + column)),
+          lo(load(a.lo.data() + column)),
+          scale(load(a.scale.data() + column)),
+          offset(load(a.offset.data() + column)) {}
+  };
+
+  template <int kVectors, bool kWhole>
+  void sum_columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int count,
+                   const RowAffine<F>& a, F* sg, F* sgx) const {
+    ColumnConstants constants[kVectors];
+    Vec<F> g_sum[kVectors], gx_sum[kVectors];
+    for (int k = 0; k < kVectors; ++k) {
+      constants[k] = ColumnConstants(a, column + k * kWidth);
+      g_sum[k] = load(sg + k * kWidth);
+      gx_sum[k] = load(sgx + k * kWidth);
+    }
+    const int64_t mask_row = (width + 7) / 8;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      const uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t j = column + k * kWidth;
+        const ColumnConstants& c = constants[k];
+        sum_vector<kWhole>(c.hi, c.lo, c.scale, c.offset, row * width + j, mask, j,
+                           kWhole ? kWidth : count, g_sum[k], gx_sum[k]);
+      }
+    }
+    for (int k = 0; k < kVectors; ++k) {
+      store(sg + k * kWidth, g_sum[k]);
+      store(sgx + k * kWidth, gx_sum[k]);
+    }
+  }
+
+  template <int kVectors, bool kWhole>
+  void dx_columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int count,
+                  const RowAffine<F>& a, const F* constant, const F* slope, bool streams) const {
+    ColumnConstants constants[kVectors];
+    Vec<F> constant_of[kVectors], slope_of[kVectors];
+    for (int k = 0; k < kVectors; ++k) {
+      constants[k] = ColumnConstants(a, column + k * kWidth);
+      constant_of[k] = load(constant + column + k * kWidth);
+      slope_of[k] = load(slope + column + k * kWidth);
+    }
+    const int64_t mask_row = (width + 7) / 8;
+    for (int64_t row = row_end - 1; row >= row_begin; --row) {
+      const uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t j = column + k * kWidth;
+        const ColumnConstants& c = constants[k];
+        dx_vector<kWhole>(c.hi, c.lo, c.scale, c.offset, constant_of[k], slope_of[k],
+                          row * width + j, mask, j, kWhole ? kWidth : count, streams);
+      }
+    }
+  }
+
+  static constexpr int kTile = kVectorBytes == 64 ? 4 : 2;
+
+  // Rows [row_begin, row_end), at most kRowChunk: adds to the float sums of columns [begin, end).
+  void sum_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                const RowAffine<F>& a, RowScratch<F>& scratch) const override {
+    std::fill(scratch.s1.begin(), scratch.s1.end(), F(0));
+    std::fill(scratch.s2.begin(), scratch.s2.end(), F(0));
+    for (int64_t row = row_begin; row < row_end; row += kRowTile) {
+      const int64_t next = std::min(row + kRowTile, row_end);
+      F *sg = scratch.s1.data() - begin, *sgx = scratch.s2.data() - begin;
+      int64_t j = begin;
+      for (; j + kTile * kWidth <= end; j += kTile * kWidth) {
+        sum_columns<kTile, true>(width, row, next, j, 0, a, sg + j, sgx + j);
+      }
+      for (; j + kWidth <= end; j += kWidth) {
+        sum_columns<1, true>(width, row, next, j, 0, a, sg + j, sgx + j);
+      }
+      if (j < end) {
+        sum_columns<1, false>(width, row, next, j, static_cast<int>(end - j), a, sg + j, sgx + j);
+      }
+    }
+  }
+
+  void dx_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+               const RowAffine<F>& a, const F* constant, const F* slope) const override {
+    const bool streams = stream && call.dy != call.dx && is_aligned(call.dx) && width % kWidth == 0;
+    for (int64_t tile_end = row_end; tile_end > row_begin; tile_end -= kRowTile) {
+      const int64_t tile = std::max(tile_end - kRowTile, row_begin);
+      int64_t j = begin;
+      for (; j + kTile * kWidth <= end; j += kTile * kWidth) {
+        dx_columns<kTile, true>(width, tile, tile_end, j, 0, a, constant, slope, streams);
+      }
+      for (; j + kWidth <= end; j += kWidth) {
+        dx_columns<1, true>(width, tile, tile_end, j, 0, a, constant, slope, streams);
+      }
+      if (j < end) {
+        dx_columns<1, false>(width, tile, tile_end, j, static_cast<int>(end - j), a, constant,
+                             slope, false);
+      }
+    }
+  }
+};
+
+}  // namespace normally

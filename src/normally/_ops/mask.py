@@ -1,0 +1,30 @@
+"""Saved bits: one an element of an output, in the order of its memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: A channel's rows of at most this many elements are walked across channels, as in
+#: csrc/geometry.h.
+MAX_SHORT_ROW = 8
+
+
+def mask_shape(output: Tensor) -> tuple[int, int]:
+    """(rows, bytes a row) of the mask of a dense `output`, following its order in memory.
+
+    A dense tensor is (outer, C, inner) in memory, `inner` being the stride of the channel.
+    """
+    channels = output.shape[1]
+    inner = output.stride(1) if channels > 1 else output.numel()
+    row = channels * inner if inner <= MAX_SHORT_ROW else inner
+    return (output.numel() // row if row else 0), (row + 7) // 8
+
+
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The mask as a bool tensor of the shape and strides of `like`, which is dense."""
+    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    rows, _ = mask.shape
+    row = like.numel() // rows if rows else 0
+    flat = bits.flatten(1)[:, :row].flatten().to(torch.bool)
+    return flat.as_strided(like.shape, like.stride()) if like.numel() else flat.view(like.shape)

@@ -1,0 +1,174 @@
+"""What batch norm refuses, and in which words."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _ArgumentError(ValueError, RuntimeError):
+    """A wrong argument where torch raises RuntimeError: code that catches either keeps working."""
+
+
+class Call(NamedTuple):
+    """One call of batch norm, the channel at dimension 1."""
+
+    input: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    skipped_updates: Tensor | None
+    training: bool
+    momentum: float | None
+    unbiased: bool
+    eps: float
+    correction: int
+    on_single_value: str
+    act: int
+    act_param: float
+
+
+def checked(call: Call) -> Call:
+    """Refuse what makes no sense before anything is changed."""
+    x, training, eps = call.input, call.training, call.eps
+    if call.on_single_value not in ("error", "running"):
+        raise ValueError(
+            "batch_norm: on_single_value must be 'error' or 'running'. "
+            f"Got on_single_value={call.on_single_value!r}."
+        )
+    if call.correction < 0:
+        raise ValueError(
+            f"batch_norm: correction must be 0 or more. Got correction={call.correction}."
+        )
+    if x.dtype not in _DTYPES:
+        names = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(
+            f"batch_norm: input must be one of {names}. Got input.dtype={x.dtype}; convert it "
+            "first, for example with input.float()."
+        )
+    if x.dim() < 2 and not (x.dim() == 1 and x.numel() == 0):
+        raise ValueError(
+            f"batch_norm: input must have at least 2 dimensions (N, C, *). Got {x.dim()}D input."
+        )
+    if not training:
+        for name in ("running_mean", "running_var"):
+            if getattr(call, name) is None:
+                raise _ArgumentError(
+                    f"batch_norm: {name} must be defined in evaluation mode. Got {name}=None; "
+                    "pass training=True to normalize with the batch's own statistics."
+                )
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if x.dim() < 2:
+        return call
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(call, name)
+        if tensor is not None:
+            _check_parameter(name, tensor, x)
+    if not training:
+        return call
+    if call.momentum is None and call.num_batches_tracked is None and call.running_mean is not None:
+        raise ValueError(
+            "batch_norm: num_batches_tracked must be given when momentum is None: the cumulative "
+            "average divides by the number of batches. Got momentum=None, num_batches_tracked=None."
+        )
+    count = math.prod(x.shape[:1] + x.shape[2:])
+    if count > max(1, call.correction) or count == 0:
+        return call
+    if call.on_single_value == "running" and None not in (call.running_mean, call.running_var):
+        return call._replace(training=False)
+    return _refuse_single_value(x, count, call.correction)
+
+
+def _check_parameter(name: str, tensor: Tensor, x: Tensor) -> None:
+    channels = x.shape[1]
+    if tensor.dim() != 1 or tensor.shape[0] != channels:
+        raise _ArgumentError(
+            f"batch_norm: {name} should contain {channels} elements not {tensor.numel()}: one a "
+            f"channel of the input. Got input of shape {tuple(x.shape)}, "
+            f"{name} of shape {tuple(tensor.shape)}."
+        )
+    if tensor.device != x.device:
+        raise _different_devices(name, tensor, x)
+    is_half = x.dtype is torch.bfloat16 or x.dtype is torch.float16
+    if tensor.dtype is x.dtype or (is_half and tensor.dtype is torch.float32):
+        return
+    if name.startswith("running") and tensor.dtype in _DTYPES:
+        return  # buffers may be kept in any of them
+    allowed = f"{x.dtype} or torch.float32" if is_half else f"{x.dtype}"
+    raise TypeError(
+        f"batch_norm: {name} must be {allowed} for an input of {x.dtype}. "
+        f"Got {name}.dtype={tensor.dtype}; convert the module or the input with .to(dtype)."
+    )
+
+
+def _different_devices(name: str, tensor: Tensor, x: Tensor) -> Exception:
+    return _ArgumentError(
+        f"batch_norm: Expected all tensors to be on the same device. Got input on {x.device}, "
+        f"{name} on {tensor.device}; move the module or the input with .to(device)."
+    )
+
+
+def is_other_dim(channel_dim: int, input: Tensor) -> bool:
+    """Whether `channel_dim`, which is not 1, names another dimension than 1."""
+    dims = input.dim()
+    if not -dims <= channel_dim < dims:
+        raise ValueError(
+            f"batch_norm: channel_dim must be a dimension of the input, {-dims} to {dims - 1}. "
+            f"Got channel_dim={channel_dim}, input of shape {tuple(input.shape)}."
+        )
+    return channel_dim % dims != 1
+
+
+def prepare_residual(residual: Tensor, input: Tensor) -> Tensor:
+    """The residual in the input's shape, checked."""
+    if residual.dtype not in _DTYPES:
+        raise TypeError(
+            f"batch_norm: residual must be floating point. Got residual.dtype={residual.dtype}."
+        )
+    if residual.device != input.device:
+        raise _different_devices("residual", residual, input)
+    if residual.shape == input.shape:
+        return residual
+    try:
+        return residual.expand_as(input)
+    except RuntimeError:
+        raise ValueError(
+            "batch_norm: residual must be broadcastable to the input's shape. "
+            f"Got input of shape {tuple(input.shape)}, residual of shape {tuple(residual.shape)}."
+        ) from None
+
+
+def _refuse_single_value(input: Tensor, count: int, correction: int) -> NoReturn:
+    way_out = (
+        "Use a larger batch, drop_last=True in the DataLoader, .eval(), or "
+        "on_single_value='running' with running statistics."
+    )
+    if count == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{input.size()}: its mean is the value itself, so every output would be the bias. "
+            f"{way_out}"
+        )
+    raise ValueError(
+        f"batch_norm: expected more than correction={correction} values per channel when training, "
+        f"got {count} with input size {input.size()}. {way_out}"
+    )
+
+
+def refuse_reserved(**values: object) -> NoReturn:
+    name = next(name for name, value in values.items() if value is not None and value is not False)
+    raise NotImplementedError(
+        f"batch_norm: {name} is not implemented in this version of normally; its place in the "
+        f"signature is reserved. Call without {name}."
+    )
