@@ -173,30 +173,24 @@ void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   const bool serial = g.numel() < kSerialElements;
   RowAffine<F> affine(walk.width);
   std::vector<F> constant(walk.width + 16), slope(walk.width + 16);
-  std::vector<Sums> parts(walk.segments * walk.width);
+  std::vector<double> parts_g(walk.segments * walk.width), parts_gx(walk.segments * walk.width);
   for_channels_of(walk, g, 0, walk.width, [&](int64_t c, const auto& columns) {
     affine.set(columns,
                affine_of(call.mean[c], rstd_of(call, call.var[c]), call.weight, call.bias, c));
   });
 
-  const auto sum = [&](int64_t s, int64_t begin, int64_t end, RowScratch<F>& scratch) {
-    for (int64_t row = walk.segment_begin(s); row < walk.segment_begin(s + 1); row += kRowChunk) {
-      const int64_t next = std::min(row + kRowChunk, walk.segment_begin(s + 1));
-      sweeps.first->sum_rows(walk.width, row, next, begin, end, affine, scratch);
-      Sums* part = parts.data() + s * walk.width + begin;
-      for (int64_t j = 0; j < end - begin; ++j) {
-        part[j].g += static_cast<double>(scratch.s1[j]);
-        part[j].gx += static_cast<double>(scratch.s2[j]);
-      }
-    }
+  const auto sum = [&](int64_t s, int64_t begin, int64_t end) {
+    const int64_t at = s * walk.width;
+    sweeps.first->sum_rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), begin, end,
+                           affine, &parts_g[at], &parts_gx[at]);
   };
   const auto merge = [&](int64_t begin, int64_t end) {
     for_channels_of(walk, g, begin, end, [&](int64_t c, const auto& columns) {
       Sums total;
       for (int64_t s = 0; s < walk.segments; ++s) {
         columns.each([&](int64_t j) {
-          total.g += parts[s * walk.width + j].g;
-          total.gx += parts[s * walk.width + j].gx;
+          total.g += parts_g[s * walk.width + j];
+          total.gx += parts_gx[s * walk.width + j];
         });
       }
       const Slope<F> of_channel = slope_of(call, total, rstd_of(call, call.var[c]), c);
@@ -207,10 +201,9 @@ void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
 
   if (walk.groups() > 1) {
     parallel(walk.groups(), serial, [&](int64_t first, int64_t last) {
-      RowScratch<F> scratch(walk.group);
       for (int64_t group = first; group < last; ++group) {
         const int64_t begin = group * walk.group, end = std::min(begin + walk.group, walk.width);
-        if (sweeps.first) sum(0, begin, end, scratch);
+        if (sweeps.first) sum(0, begin, end);
         merge(begin, end);
         if (call.dx) {
           sweeps.second->dx_rows(walk.width, 0, walk.rows, begin, end, affine, constant.data(),
@@ -223,8 +216,7 @@ void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   }
   if (sweeps.first) {
     parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
-      RowScratch<F> scratch(walk.width);
-      for (int64_t s = first; s < last; ++s) sum(s, 0, walk.width, scratch);
+      for (int64_t s = first; s < last; ++s) sum(s, 0, walk.width);
     });
   }
   merge(0, walk.width);

@@ -39,7 +39,7 @@ struct BackwardKernel {
   virtual void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
                             const Slope<F>& s) const = 0;
   virtual void sum_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
-                        int64_t end, const RowAffine<F>& a, RowScratch<F>& scratch) const = 0;
+                        int64_t end, const RowAffine<F>& a, double* sg, double* sgx) const = 0;
   virtual void dx_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
                        int64_t end, const RowAffine<F>& a, const F* constant,
                        const F* slope) const = 0;
@@ -192,13 +192,12 @@ struct Gradient final : BackwardKernel<T> {
 
   template <int kVectors, bool kWhole>
   void sum_columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int count,
-                   const RowAffine<F>& a, F* sg, F* sgx) const {
+                   const RowAffine<F>& a, double* sg, double* sgx) const {
     ColumnConstants constants[kVectors];
     Vec<F> g_sum[kVectors], gx_sum[kVectors];
     for (int k = 0; k < kVectors; ++k) {
       constants[k] = ColumnConstants(a, column + k * kWidth);
-      g_sum[k] = load(sg + k * kWidth);
-      gx_sum[k] = load(sgx + k * kWidth);
+      g_sum[k] = gx_sum[k] = Vec<F>{};
     }
     const int64_t mask_row = (width + 7) / 8;
     for (int64_t row = row_begin; row < row_end; ++row) {
@@ -212,8 +211,8 @@ struct Gradient final : BackwardKernel<T> {
       }
     }
     for (int k = 0; k < kVectors; ++k) {
-      store(sg + k * kWidth, g_sum[k]);
-      store(sgx + k * kWidth, gx_sum[k]);
+      add_wide<F>(sg + k * kWidth, g_sum[k], kWhole ? kWidth : count);
+      add_wide<F>(sgx + k * kWidth, gx_sum[k], kWhole ? kWidth : count);
     }
   }
 
@@ -242,14 +241,12 @@ struct Gradient final : BackwardKernel<T> {
 
   static constexpr int kTile = kVectorBytes == 64 ? 4 : 2;
 
-  // Rows [row_begin, row_end), at most kRowChunk: adds to the float sums of columns [begin, end).
+  // Adds rows [row_begin, row_end) to the sums of columns [begin, end), which start at sg and sgx
+  // for column 0.
   void sum_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-                const RowAffine<F>& a, RowScratch<F>& scratch) const override {
-    std::fill(scratch.s1.begin(), scratch.s1.end(), F(0));
-    std::fill(scratch.s2.begin(), scratch.s2.end(), F(0));
+                const RowAffine<F>& a, double* sg, double* sgx) const override {
     for (int64_t row = row_begin; row < row_end; row += kRowTile) {
       const int64_t next = std::min(row + kRowTile, row_end);
-      F *sg = scratch.s1.data() - begin, *sgx = scratch.s2.data() - begin;
       int64_t j = begin;
       for (; j + kTile * kWidth <= end; j += kTile * kWidth) {
         sum_columns<kTile, true>(width, row, next, j, 0, a, sg + j, sgx + j);

@@ -30,6 +30,9 @@ inline constexpr int64_t kChunk = 4096;
 // depends on the shape alone, so the sums have the same bits for any number of threads.
 inline constexpr int64_t kMaxSegments = 64;
 
+// Rows across channels that are worth a segment of their own, each with its own shift.
+inline constexpr int64_t kMinSegmentRows = 512;
+
 // Below this many elements a second thread costs more than it saves.
 inline constexpr int64_t kSerialElements = 32768;
 
@@ -96,7 +99,7 @@ struct RowWalk {
     const int64_t unit = 64 * g.inner;  // whole channels, whole vectors
     group = ((int64_t{384} << 10) / std::max<int64_t>(1, rows * item)) / unit * unit;
     if (fold > 1 || group < unit || ceil_div(width, group) < 8) group = width;
-    segments = group < width ? 1 : std::clamp<int64_t>(rows / 64, 1, kMaxSegments);
+    segments = group < width ? 1 : std::clamp<int64_t>(rows / kMinSegmentRows, 1, kMaxSegments);
   }
 
   int64_t groups() const { return width == 0 ? 0 : ceil_div(width, group); }

@@ -270,6 +270,20 @@ inline void add_wide(Vec<double>* total, Vec<float> value) {
   total[1] += __builtin_convertvector(halves[1], Vec<double>);
 }
 
+// Adds the first `count` lanes of `value` to as many doubles.
+template <typename F>
+inline void add_wide(double* total, Vec<F> value, int64_t count) {
+  constexpr int64_t kCount = kVectorBytes / static_cast<int64_t>(sizeof(F));
+  if (count < kCount) {
+    for (int64_t i = 0; i < count; ++i) total[i] += static_cast<double>(value[i]);
+    return;
+  }
+  Vec<double> wide[sizeof(double) / sizeof(F)];
+  std::memcpy(wide, total, sizeof(wide));
+  add_wide(wide, value);
+  std::memcpy(total, wide, sizeof(wide));
+}
+
 // Σ over the lanes in double, in an order that depends on the lanes' number alone.
 template <typename F>
 inline double sum(Vec<F> value) {

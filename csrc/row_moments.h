@@ -8,10 +8,11 @@
 
 namespace normally {
 
-// Rows that are walked down while a tile of columns stays in registers.
+// Rows that are walked down while a tile of columns stays in registers, and whose float sums are
+// then added to double ones: few, so that an outlier's square does not swallow what comes after it.
 inline constexpr int64_t kRowTile = 32;
-// Rows that enter one float sum before it is merged in double: few, for the sake of outliers.
-inline constexpr int64_t kRowChunk = 64;
+// Rows that share one shift.
+inline constexpr int64_t kRowMerge = 512;
 
 // The columns of one channel in a row walk: `inner` neighbours, again every `stride` columns.
 struct ChannelColumns {
@@ -50,11 +51,12 @@ struct RowAffine {
   }
 };
 
-// Shift and shifted sums of a group of columns, reused from segment to segment.
+// Shift and shifted sums of a group of columns, reused from chunk to chunk.
 template <typename F>
 struct RowScratch {
-  std::vector<F> shift, s1, s2;
-  explicit RowScratch(int64_t columns) : shift(columns + 16), s1(columns + 16), s2(columns + 16) {}
+  std::vector<F> shift;
+  std::vector<double> s1, s2;
+  explicit RowScratch(int64_t columns) : shift(columns + 16), s1(columns), s2(columns) {}
 };
 
 // Mean and m2 of every column in every segment of rows.
@@ -74,27 +76,14 @@ struct RowMoments {
     double* segment_m2 = m2.data() + s * width + begin;
     const int64_t columns = end - begin;
     double count = 0;
-    // A short first chunk gives later ones a shift near the mean.
     for (int64_t row = row_begin, next; row < row_end; row = next) {
-      next = std::min(row + (row == row_begin ? kRowTile : kRowChunk), row_end);
-      const double rows = static_cast<double>(next - row);
-      for (int64_t j = 0; j < columns; ++j) {
-        scratch.shift[j] = static_cast<Compute<T>>(
-            row == row_begin ? static_cast<double>(x[row * walk.width + begin + j])
-                             : segment_mean[j]);
-      }
+      next = std::min(row + kRowMerge, row_end);
+      choose_shift(x, walk, row, next, begin, end, count > 0 ? segment_mean : nullptr, scratch);
       add_rows(x, walk.width, row, next, begin, end, scratch);
-      if (row == row_begin) {  // once more, around the mean of these rows
-        for (int64_t j = 0; j < columns; ++j) {
-          scratch.shift[j] += static_cast<Compute<T>>(scratch.s1[j] / rows);
-        }
-        add_rows(x, walk.width, row, next, begin, end, scratch);
-      }
-      const double share = rows / (count + rows);
+      const double rows = static_cast<double>(next - row), share = rows / (count + rows);
       for (int64_t j = 0; j < columns; ++j) {
-        const double s1 = scratch.s1[j], s2 = scratch.s2[j];
-        const double offset = s1 / rows;
-        const double chunk_m2 = s2 - s1 * offset;
+        const double offset = scratch.s1[j] / rows;
+        const double chunk_m2 = scratch.s2[j] - scratch.s1[j] * offset;
         const double delta = static_cast<double>(scratch.shift[j]) + offset - segment_mean[j];
         segment_mean[j] += delta * share;
         segment_m2[j] += (chunk_m2 < 0 ? 0 : chunk_m2) + delta * delta * count * share;
@@ -113,53 +102,74 @@ struct RowMoments {
   }
 
  private:
+  // The mean so far, or else of the first 64 rows: taken relative to the first, so that equal
+  // values give exactly themselves.
+  template <typename T>
+  static void choose_shift(const T* x, const RowWalk& walk, int64_t row, int64_t row_end,
+                           int64_t begin, int64_t end, const double* mean_so_far,
+                           RowScratch<Compute<T>>& scratch) {
+    using F = Compute<T>;
+    const int64_t columns = end - begin;
+    if (mean_so_far) {
+      for (int64_t j = 0; j < columns; ++j) scratch.shift[j] = static_cast<F>(mean_so_far[j]);
+      return;
+    }
+    const T* first = x + row * walk.width + begin;
+    for (int64_t j = 0; j < columns; ++j) scratch.shift[j] = static_cast<F>(first[j]);
+    const int64_t sample = std::min<int64_t>(64, row_end - row);
+    add_rows(x, walk.width, row, row + sample, begin, end, scratch);
+    for (int64_t j = 0; j < columns; ++j) {
+      scratch.shift[j] += static_cast<F>(scratch.s1[j] / static_cast<double>(sample));
+    }
+  }
+
   template <int kVectors, bool kWhole, typename T, typename F = Compute<T>>
-  static void add_columns(const T* x, int64_t width, int64_t rows, int count, const F* shift, F* s1,
-                          F* s2) {
+  static void add_columns(const T* x, int64_t width, int64_t rows, int64_t count, const F* shift,
+                          double* s1, double* s2) {
     constexpr int64_t kWidth = kLanes<T>;
     Vec<F> centre[kVectors], a[kVectors], b[kVectors];
     for (int k = 0; k < kVectors; ++k) {
       centre[k] = load(shift + k * kWidth);
-      a[k] = load(s1 + k * kWidth);
-      b[k] = load(s2 + k * kWidth);
+      a[k] = b[k] = Vec<F>{};
     }
     for (int64_t row = 0; row < rows; ++row, x += width) {
 #pragma GCC unroll 8
       for (int k = 0; k < kVectors; ++k) {
-        const Vec<F> d = (kWhole ? load(x + k * kWidth) : load_first(x, count)) - centre[k];
+        const Vec<F> value = kWhole ? load(x + k * kWidth) : load_first(x, static_cast<int>(count));
+        const Vec<F> d = value - centre[k];
         a[k] += d;
         b[k] += d * d;
       }
     }
     for (int k = 0; k < kVectors; ++k) {
-      store(s1 + k * kWidth, a[k]);
-      store(s2 + k * kWidth, b[k]);
+      add_wide<F>(s1 + k * kWidth, a[k], kWhole ? kWidth : count);
+      add_wide<F>(s2 + k * kWidth, b[k], kWhole ? kWidth : count);
     }
   }
 
+  // Shifted sums of columns [begin, end) over rows [row_begin, row_end).
   template <typename T, typename F = Compute<T>>
   static void add_rows(const T* x, int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
                        int64_t end, RowScratch<F>& scratch) {
     constexpr int64_t kWidth = kLanes<T>;
     constexpr int kTile = kVectorBytes == 64 ? 8 : 4;
-    std::fill(scratch.s1.begin(), scratch.s1.end(), F(0));
-    std::fill(scratch.s2.begin(), scratch.s2.end(), F(0));
+    std::fill(scratch.s1.begin(), scratch.s1.end(), 0.0);
+    std::fill(scratch.s2.begin(), scratch.s2.end(), 0.0);
     for (int64_t row = row_begin; row < row_end; row += kRowTile) {
       const int64_t rows = std::min(kRowTile, row_end - row);
-      const T* start = x + row * width;
-      F *shift = scratch.shift.data(), *s1 = scratch.s1.data(), *s2 = scratch.s2.data();
-      int64_t j = begin;
-      for (; j + kTile * kWidth <= end; j += kTile * kWidth) {
-        add_columns<kTile, true>(start + j, width, rows, 0, shift + j - begin, s1 + j - begin,
-                                 s2 + j - begin);
+      const T* start = x + row * width + begin;
+      const F* shift = scratch.shift.data();
+      double *s1 = scratch.s1.data(), *s2 = scratch.s2.data();
+      const int64_t columns = end - begin;
+      int64_t j = 0;
+      for (; j + kTile * kWidth <= columns; j += kTile * kWidth) {
+        add_columns<kTile, true>(start + j, width, rows, 0, shift + j, s1 + j, s2 + j);
       }
-      for (; j + kWidth <= end; j += kWidth) {
-        add_columns<1, true>(start + j, width, rows, 0, shift + j - begin, s1 + j - begin,
-                             s2 + j - begin);
+      for (; j + kWidth <= columns; j += kWidth) {
+        add_columns<1, true>(start + j, width, rows, 0, shift + j, s1 + j, s2 + j);
       }
-      if (j < end) {
-        add_columns<1, false>(start + j, width, rows, static_cast<int>(end - j), shift + j - begin,
-                              s1 + j - begin, s2 + j - begin);
+      if (j < columns) {
+        add_columns<1, false>(start + j, width, rows, columns - j, shift + j, s1 + j, s2 + j);
       }
     }
   }

@@ -256,6 +256,21 @@ def test_symbolic_tracing_keeps_the_residual() -> None:
     assert_same_bits(traced(x), Residual().eval()(x))
 
 
+class Masked(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.norm(x, mask=mask)
+
+
+def test_symbolic_tracing_does_not_lose_a_mask() -> None:
+    """Until masks come, refused when traced or when run: never ignored."""
+    with pytest.raises(NotImplementedError, match="mask is not implemented"):
+        torch.fx.symbolic_trace(Masked())(torch.randn(4, 3, 5), torch.ones(4, 1, 5).bool())
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_jit_trace_of_evaluation() -> None:
     net = model(act="silu")

@@ -65,6 +65,25 @@ def test_a_mean_that_drifts_within_the_channel(shape: tuple[int, ...]) -> None:
         assert largest_error(lay_out(x, layout)) <= ERROR, layout
 
 
+@pytest.mark.parametrize("mean", [1e3, 1e5])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_shift_follows_when_the_start_was_no_sample_of_the_rest(
+    layout: str, mean: float
+) -> None:
+    """A shift from the first values alone makes every later square a thousand times the variance.
+
+    The rest is constant, so that rounding errors add up instead of averaging out: 33 channels of
+    131072 values are 32 chunks of 4096 each, uncut among threads.
+    """
+    for constant in (0.1, 3.3):
+        x = torch.full((33, 131072), constant)
+        x[:, :512] = mean + torch.randn(33, 512)
+        x = lay_out(x.view(33, 32, 4096).movedim(0, 1), layout)
+        # Where both meet, 7 constant values for each of the first: 16 additions of half a unit at
+        # most make 7·8·2^-24 of the variance, half of that of the output.
+        assert largest_error(x) <= ERROR + 7 * 8 * 2**-25, constant
+
+
 @pytest.mark.parametrize("ratio", [1e3, 1e6])
 @pytest.mark.parametrize("shape", [(300, 8, 7), (8, 64, 7, 7), (5, 3, 4097)], ids=str)
 def test_gradients_and_running_statistics(shape: tuple[int, ...], ratio: float) -> None:
