@@ -103,7 +103,7 @@ def env(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Versions, instruction set, backend of each device, threads, huge pages, caches."""
-    from .lab.environment import describe
+    from .environment import describe
 
     facts = describe()
     if json:

@@ -42,7 +42,7 @@ MACHINE: dict[str, Any] = {
     "python": "3.10.0",
     "torch": "2.10.0",
     "normally": "0.1.0",
-    "backend": "compiled, avx2",
+    "backends": {"cpu": "compiled (avx2)"},
 }
 
 

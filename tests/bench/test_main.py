@@ -21,8 +21,8 @@ from .test_results import all_cases
 
 @pytest.fixture(autouse=True)
 def small_yardstick(monkeypatch):
-    cache = main.machine.Cache("L2", 1 << 20, 1 << 20)
-    monkeypatch.setattr(main.machine, "last_level_cache", lambda: cache)
+    cache = main.environment.Cache("L2", 1 << 20, 1 << 20)
+    monkeypatch.setattr(main.environment, "last_level_cache", lambda: cache)
 
 
 def test_end_to_end(tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normally.bench import machine
+from normally import environment
 from normally.bench.yardstick import ColdCopy
 
 
@@ -37,18 +37,18 @@ def test_the_caches_of_a_described_machine(tmp_path):
                 ("level", level), ("type", kind), ("size", size), ("shared_cpu_list", shared),
             ):  # fmt: skip
                 (folder / name).write_text(text + "\n")
-    assert machine.caches(tmp_path) == [
-        machine.Cache("L1", 48 << 10, 4 * 48 << 10),
-        machine.Cache("L3", 32 << 20, 2 * 32 << 20),
+    assert environment.caches(tmp_path) == [
+        environment.Cache("L1", 48 << 10, 4 * 48 << 10),
+        environment.Cache("L3", 32 << 20, 2 * 32 << 20),
     ]
 
 
 def test_a_machine_that_does_not_tell_its_caches(tmp_path):
-    assert machine.caches(tmp_path) == []
+    assert environment.caches(tmp_path) == []
 
 
 def test_this_machine_is_described():
-    facts = machine.describe()
+    facts = environment.describe()
     assert facts["cpu"]
     assert facts["torch"] == str(torch.__version__)
-    assert machine.last_level_cache().bytes > 0
+    assert environment.last_level_cache().bytes > 0

@@ -127,3 +127,41 @@ def test_saturated_outputs_keep_the_gradient_of_z(layout: str) -> None:
     x = lay_out(values((5, 3, 17), torch.float32), layout)
     for residual in (None, x.flip(0)):
         check_batch_norm(x, residual=residual, act="leaky_relu", act_param=-0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_relu_lets_the_gradient_of_a_nan_through_as_torch_does(
+    layout: str, dtype: torch.dtype
+) -> None:
+    """A derivative of 0 there would hide the NaN from the weights and from whoever looks for it."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    mean, var = torch.zeros(3, dtype=wide), torch.ones(3, dtype=wide)
+    x = values((4, 3, 21), dtype)
+    x[:, 1, ::2] = math.nan
+    for residual in (None, torch.zeros_like(x)):
+        bias = torch.zeros(3, dtype=wide, requires_grad=True)
+        y = batch_norm(
+            lay_out(x, layout), mean, var, None, bias, act="relu", residual=residual, eps=0.0
+        )
+        (gradient,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+        expected = (~(x <= 0)).sum((0, 2))
+        assert gradient.tolist() == expected.tolist()
+        plain = x.double().requires_grad_()
+        assert torch.equal(
+            torch.autograd.grad(F.relu(plain).sum(), plain)[0].sum((0, 2)), expected.double()
+        )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_in_evaluation_the_gradient_does_not_depend_on_the_input(layout: str) -> None:
+    """dx = dy · weight / √(var + eps): finite where x is not, as torch has it."""
+    x = values((4, 3, 21), torch.float32)
+    x[0, 1, 3], x[1, 1, 4], x[2, 1, 20] = math.nan, math.inf, -math.inf
+    mean, var, weight = torch.zeros(3), torch.tensor([1.0, 4.0, 0.25]), torch.full((3,), 2.0)
+    gradients = []
+    for function in (batch_norm, F.batch_norm):
+        leaf = lay_out(x, layout).requires_grad_()
+        y = function(leaf, mean, var, weight)
+        gradients.append(torch.autograd.grad(y, leaf, torch.ones_like(y))[0])
+    torch.testing.assert_close(*gradients)

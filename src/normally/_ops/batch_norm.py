@@ -275,9 +275,7 @@ def differentiate(
         | (NEED_PARAMETERS if needs[1] or needs[2] else 0)
         | (NEED_RESIDUAL if act and needs[3] else 0)
     )
-    grad_input, grad_residual, grad_weight, grad_bias = call(
-        grad_output, *saved, *config, need
-    )
+    grad_input, grad_residual, grad_weight, grad_bias = call(grad_output, *saved, *config, need)
     if ctx.has_residual and not act:
         grad_residual = grad_output
     return (

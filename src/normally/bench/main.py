@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import machine, page, table
+from .. import environment
+from . import page, table
 from .batch_norm import BatchNorm
 from .measure import BUDGETS, Budget
 from .operator import DTYPES, LAYOUTS, MODES, Case, Operator
@@ -72,7 +73,7 @@ def run(
         raise ValueError(f"bench: shapes must be among those of {names}. Got shapes={shapes}.")
 
     results = Results(
-        machine=machine.describe(),
+        machine=environment.describe(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         options={
             "operators": [operator.name for operator in chosen],

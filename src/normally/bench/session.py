@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import accuracy, machine, memory
+from .. import environment
+from . import accuracy, memory
 from .measure import Budget, Spread, Step, interleave, make_step, speedup
 from .operator import MODES, Case, Operator
 from .results import COMPILED, OURS, TORCH, CopySpeed, Record, Results, Timing
@@ -25,7 +26,7 @@ class Session:
     def __init__(
         self, results: Results, budget: Budget, threads: Sequence[int], compile: bool = False
     ) -> None:
-        cache = machine.last_level_cache()
+        cache = environment.last_level_cache()
         self.results = results
         self.budget = budget
         self.threads = threads

@@ -56,7 +56,8 @@ def machine_lines(results: Results) -> list[str]:
     lines = [
         f"{m['cpu']}, {m['cores']} cores, {m['instruction_set']}; {sizes}",
         f"{m['system']}, transparent huge pages: {m['transparent_huge_pages']}",
-        f"Python {m['python']}, torch {m['torch']}, normally {m['normally']} ({m['backend']})",
+        f"Python {m['python']}, torch {m['torch']}, normally {m['normally']}, "
+        f"{m['backends']['cpu']}",
     ]
     # Two busy programs on as many cores make torch's threads wait for each other: 100 times slower.
     if m["load"] is not None and m["load"] > _BUSY:

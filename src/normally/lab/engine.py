@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .. import report
+from .. import environment, report
 from . import data as data_module
-from . import environment, page
+from . import page
 from .experiment import Experiment, Record, Results, Run
 from .fingerprint import fingerprint
 from .progress import Progress

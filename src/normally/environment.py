@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""The machine and the software that a number was measured with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .. import _native
+from ._native import backends
+
+__all__ = ["ASSUMED_CACHE", "Cache", "caches", "describe", "last_level_cache", "sentence"]
 
 _CPU = Path("/sys/devices/system/cpu")
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -50,9 +53,9 @@ def last_level_cache() -> Cache:
     return found[-1] if found else Cache("assumed", ASSUMED_CACHE, ASSUMED_CACHE)
 
 
-def describe() -> dict[str, object]:
-    """The machine and the software, as the JSON's "machine" object."""
-    import normally
+def describe() -> dict[str, Any]:
+    """Versions, machine, backends and settings, as results and `normally env` give them."""
+    from . import __version__  # the package is complete by now
 
     return {
         "cpu": _cpu_model(),
@@ -66,9 +69,21 @@ def describe() -> dict[str, object]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "normally": normally.__version__,
-        "backend": f"compiled, {_native.loaded}" if _native.loaded else "reference (slow)",
+        "normally": __version__,
+        "backends": backends(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def sentence(facts: dict[str, Any]) -> str:
+    """The facts that belong beside a measurement, in one line."""
+    served = ", ".join(f"{device}: {name}" for device, name in facts["backends"].items())
+    threads = f"{facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}"
+    return (
+        f"normally {facts['normally']} ({served}), torch {facts['torch']}, "
+        f"Python {facts['python']}; {facts['cpu']}, {facts['instruction_set']}, {threads}; "
+        f"transparent huge pages: {facts['transparent_huge_pages']}"
+    )
 
 
 def _cpu_model() -> str:
