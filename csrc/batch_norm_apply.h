@@ -16,7 +16,9 @@ namespace normally {
 template <typename T>
 struct ForwardKernel {
   using F = Compute<T>;
-  virtual void chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a) const = 0;
+  // Values [begin, begin + count) of channels [c, c_end) in outer row `o`; `a` starts at channel c.
+  virtual void channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
+                        const Affine<F>* a) const = 0;
   virtual void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
                     const RowAffine<F>& a) const = 0;
 
@@ -53,26 +55,28 @@ struct Apply final : ForwardKernel<T> {
     }
   }
 
-  void chunk_row(int64_t row_index, int64_t begin, int64_t count,
-                 const Affine<F>& a) const override {
-    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale),
-                 offset = splat(a.offset);
-    const int64_t at = row_index * call.geometry.inner + begin;
-    const T* x = call.x + at;
-    const T* residual = call.residual ? call.residual + at : nullptr;
-    T* y = call.y + at;
-    uint8_t* mask =
-        kMask ? call.mask + row_index * mask_row_bytes(call.geometry) + begin / 8 : nullptr;
-    const bool streams = stream && is_aligned(y);
-    int64_t i = 0;
+  void channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
+                const Affine<F>* a) const override {
+    const Geometry& g = call.geometry;
+    for (; c < c_end; ++c, ++a) {
+      const Vec<F> hi = splat(a->hi), lo = splat(a->lo), scale = splat(a->scale),
+                   offset = splat(a->offset);
+      const int64_t row = o * g.channels + c, at = row * g.inner + begin;
+      const T* x = call.x + at;
+      const T* residual = call.residual ? call.residual + at : nullptr;
+      T* y = call.y + at;
+      uint8_t* mask = kMask ? call.mask + row * mask_row_bytes(g) + begin / 8 : nullptr;
+      const bool streams = stream && is_aligned(y);
+      int64_t i = 0;
 #pragma GCC unroll 4
-    for (; i + kWidth <= count; i += kWidth) {
-      vector<true>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
-                   kWidth, streams);
-    }
-    if (i < count) {
-      vector<false>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
-                    count - i, false);
+      for (; i + kWidth <= count; i += kWidth) {
+        vector<true>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask,
+                     i, kWidth, streams);
+      }
+      if (i < count) {
+        vector<false>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask,
+                      i, count - i, false);
+      }
     }
   }
 

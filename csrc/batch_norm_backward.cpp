@@ -100,17 +100,20 @@ void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
 
   const auto sum = [&](int64_t b, int64_t segment) {
     const int64_t begin = b * block, end = std::min(begin + block, g.channels);
-    Affine<F> constants[16];
+    Affine<F> constants[kMaxBlock];
     for (int64_t c = begin; c < end; ++c) constants[c - begin] = affine(c);
     for (int64_t index = walk.segment_begin(segment); index < walk.segment_begin(segment + 1);
          ++index) {
       const Chunk chunk(walk, g, index);
-      RowSums<F> sums[16];
+      RowSums<F> sums[kMaxBlock];
       for (int64_t row = chunk.row; row < chunk.row_end; ++row) {
-        for (int64_t c = begin; c < end; ++c) {
-          sweeps.first->sum_chunk_row(row * g.channels + c, chunk.begin, chunk.count,
-                                      constants[c - begin], sums[c - begin]);
+        if (end - begin > 1 && row + 1 < g.outer) {  // as in the forward
+          const int64_t next = ((row + 1) * g.channels + begin) * g.inner;
+          const int64_t bytes = (end - begin) * g.inner * static_cast<int64_t>(sizeof(T));
+          prefetch(call.x + next, bytes);
+          prefetch(call.dy + next, bytes);
         }
+        sweeps.first->sum_channels(row, begin, end, chunk.begin, chunk.count, constants, sums);
       }
       for (int64_t c = begin; c < end; ++c) {
         const Sums total = sums[c - begin].total();
@@ -126,16 +129,14 @@ void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   };
   const auto apply = [&](int64_t b, int64_t segment) {
     const int64_t begin = b * block, end = std::min(begin + block, g.channels);
-    Affine<F> constants[16];
+    Affine<F> constants[kMaxBlock];
     for (int64_t c = begin; c < end; ++c) constants[c - begin] = affine(c);
     for (int64_t index = walk.segment_begin(segment + 1) - 1; index >= walk.segment_begin(segment);
          --index) {
       const Chunk chunk(walk, g, index);
       for (int64_t row = chunk.row_end - 1; row >= chunk.row; --row) {
-        for (int64_t c = begin; c < end; ++c) {
-          sweeps.second->dx_chunk_row(row * g.channels + c, chunk.begin, chunk.count,
-                                      constants[c - begin], slopes[c]);
-        }
+        sweeps.second->dx_channels(row, begin, end, chunk.begin, chunk.count, constants,
+                                   &slopes[begin]);
       }
     }
   };

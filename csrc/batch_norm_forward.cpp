@@ -63,18 +63,23 @@ template <typename T>
 void segment_moments(const ForwardCall<T>& call, const ChannelWalk& walk, int64_t segment,
                      int64_t begin, int64_t end, Moments* moments) {
   const Geometry& g = call.geometry;
-  ShiftedSums<Compute<T>> sums[16];
+  const int64_t stride = g.channels * g.inner;
+  ShiftedSums<Compute<T>> sums[kMaxBlock];
   const int64_t first = walk.segment_begin(segment), last = walk.segment_begin(segment + 1);
   for (int64_t index = first; index < last; ++index) {
     const Chunk chunk(walk, g, index);
     for (int64_t c = begin; c < end; ++c) {
       const T* x = call.x + (chunk.row * g.channels + c) * g.inner + chunk.begin;
-      sums[c - begin].reset(index == first ? first_shift(x, chunk.row_end - chunk.row,
-                                                         g.channels * g.inner, chunk.count)
-                                           : static_cast<Compute<T>>(moments[c - begin].mean));
+      sums[c - begin].reset(index == first
+                                ? first_shift(x, chunk.row_end - chunk.row, stride, chunk.count)
+                                : static_cast<Compute<T>>(moments[c - begin].mean));
     }
     for (int64_t row = chunk.row; row < chunk.row_end; ++row) {
-      const T* x = call.x + (row * g.channels + begin) * g.inner + chunk.begin;
+      const T* x = call.x + row * stride + begin * g.inner + chunk.begin;
+      // The next row begins where no hardware foresees it, unless rows are long.
+      if (end - begin > 1 && row + 1 < g.outer) {
+        prefetch(x + stride, (end - begin) * g.inner * static_cast<int64_t>(sizeof(T)));
+      }
       for (int64_t c = begin; c < end; ++c, x += g.inner) sums[c - begin].add(x, chunk.count);
     }
     for (int64_t c = begin; c < end; ++c) {
@@ -105,11 +110,8 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
   };
   const auto apply = [&](int64_t b, int64_t segment) {
     const int64_t begin = b * block, end = std::min(begin + block, g.channels);
-    Affine<F> affine[16];
-    bool extreme[16];
+    Affine<F> affine[kMaxBlock];
     for (int64_t c = begin; c < end; ++c) {
-      extreme[c - begin] = is_extreme(call.mean[c], call.var[c]);
-      if (extreme[c - begin] && segment == 0) forward_extreme(call, c);
       affine[c - begin] =
           affine_of(call.mean[c], rstd_of(call, call.var[c]), call.weight, call.bias, c);
     }
@@ -118,10 +120,7 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
          --index) {
       const Chunk chunk(walk, g, index);
       for (int64_t row = chunk.row_end - 1; row >= chunk.row; --row) {
-        for (int64_t c = begin; c < end; ++c) {
-          if (extreme[c - begin]) continue;
-          kernel.chunk_row(row * g.channels + c, chunk.begin, chunk.count, affine[c - begin]);
-        }
+        kernel.channels(row, begin, end, chunk.begin, chunk.count, affine);
       }
     }
   };
@@ -160,13 +159,11 @@ void evaluate_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel)
   }
   parallel(g.outer * g.channels, g.numel() < kSerialElements, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      kernel.chunk_row(row, 0, g.inner, affine[row % g.channels]);
+      const int64_t o = row / g.channels, c = row % g.channels;
+      kernel.channels(o, c, c + 1, 0, g.inner, &affine[c]);
     }
     finish_streaming();
   });
-  for (int64_t c = 0; c < g.channels; ++c) {
-    if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
-  }
 }
 
 template <typename T>
@@ -214,9 +211,6 @@ void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
       finish_streaming();
     });
   }
-  for (int64_t c = 0; c < g.channels; ++c) {
-    if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
-  }
 }
 
 }  // namespace
@@ -230,6 +224,9 @@ void batch_norm_forward(const ForwardCall<T>& call) {
       forward_planes(call, kernel);
     } else {
       evaluate_planes(call, kernel);
+    }
+    for (int64_t c = 0; c < call.geometry.channels; ++c) {
+      if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
     }
   };
   with_activation(call.act, [&](auto act) {

@@ -25,19 +25,20 @@ struct Slope {
 // Float sums of one channel, kept over the rows of a chunk.
 template <typename F>
 struct RowSums {
-  static constexpr int kChains = 2;
-  Vec<F> g[kChains] = {}, gx[kChains] = {};
-  Sums total() const { return {sum<F>(g[0] + g[1]), sum<F>(gx[0] + gx[1])}; }
+  Vec<F> g = {}, gx = {};
+  Sums total() const { return {sum<F>(g), sum<F>(gx)}; }
 };
 
 // What differs between activations; the walks below are compiled once a type.
 template <typename T>
 struct BackwardKernel {
   using F = Compute<T>;
-  virtual void sum_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
-                             RowSums<F>& sums) const = 0;
-  virtual void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
-                            const Slope<F>& s) const = 0;
+  // Values [begin, begin + count) of channels [c, c_end) in outer row `o`; the arrays start at
+  // channel c.
+  virtual void sum_channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
+                            const Affine<F>* a, RowSums<F>* sums) const = 0;
+  virtual void dx_channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
+                           const Affine<F>* a, const Slope<F>* s) const = 0;
   virtual void sum_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
                         int64_t end, const RowAffine<F>& a, double* sg, double* sgx) const = 0;
   virtual void dx_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin,
@@ -114,7 +115,8 @@ struct Gradient final : BackwardKernel<T> {
                  int64_t i, int count, bool streams) const {
     const Vec<F> centred = get<kWhole>(call.x + at, count) - hi - lo;
     Vec<F> value = g<kWhole>(centred, scale, offset, at, mask, i, count);
-    value = value * scale - (centred * slope + constant);
+    value *= scale;
+    if (call.training) value -= centred * slope + constant;
     if constexpr (!kWhole) {
       store_first(call.dx + at, value, count);
     } else if (streams) {
@@ -126,55 +128,59 @@ struct Gradient final : BackwardKernel<T> {
 
   // --- a row of one channel ---------------------------------------------------------------
 
-  void sum_row(int64_t at, const uint8_t* mask, int64_t count, const Affine<F>& a,
-               RowSums<F>& sums) const {
-    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale),
-                 offset = splat(a.offset);
-    RowSums<F> local = sums;
-    int64_t i = 0;
-    for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
-#pragma GCC unroll 2
-      for (int k = 0; k < 2; ++k) {
-        const int64_t j = i + k * kWidth;
-        sum_vector<true>(hi, lo, scale, offset, at + j, mask, j, kWidth, local.g[k], local.gx[k]);
-      }
-    }
-    if (i + kWidth <= count) {
-      sum_vector<true>(hi, lo, scale, offset, at + i, mask, i, kWidth, local.g[0], local.gx[0]);
-      i += kWidth;
-    }
-    if (i < count) {
-      sum_vector<false>(hi, lo, scale, offset, at + i, mask, i, static_cast<int>(count - i),
-                        local.g[1], local.gx[1]);
-    }
-    sums = local;
-  }
+  int64_t row_at(int64_t o, int64_t c) const { return o * call.geometry.channels + c; }
 
   const uint8_t* mask_at(int64_t row, int64_t begin) const {
     return kMask ? call.mask + row * mask_row_bytes(call.geometry) + begin / 8 : nullptr;
   }
 
-  void sum_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
-                     RowSums<F>& sums) const override {
-    sum_row(row * call.geometry.inner + begin, mask_at(row, begin), count, a, sums);
+  void sum_channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
+                    const Affine<F>* a, RowSums<F>* sums) const override {
+    for (; c < c_end; ++c, ++a, ++sums) {
+      const Vec<F> hi = splat(a->hi), lo = splat(a->lo), scale = splat(a->scale),
+                   offset = splat(a->offset);
+      const int64_t row = row_at(o, c), at = row * call.geometry.inner + begin;
+      const uint8_t* mask = mask_at(row, begin);
+      Vec<F> g_sum[2] = {}, gx_sum[2] = {};
+      int64_t i = 0;
+      for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+          const int64_t j = i + k * kWidth;
+          sum_vector<true>(hi, lo, scale, offset, at + j, mask, j, kWidth, g_sum[k], gx_sum[k]);
+        }
+      }
+      if (i + kWidth <= count) {
+        sum_vector<true>(hi, lo, scale, offset, at + i, mask, i, kWidth, g_sum[0], gx_sum[0]);
+        i += kWidth;
+      }
+      if (i < count) {
+        sum_vector<false>(hi, lo, scale, offset, at + i, mask, i, static_cast<int>(count - i),
+                          g_sum[1], gx_sum[1]);
+      }
+      sums->g += g_sum[0] + g_sum[1];
+      sums->gx += gx_sum[0] + gx_sum[1];
+    }
   }
 
-  void dx_chunk_row(int64_t row, int64_t begin, int64_t count, const Affine<F>& a,
-                    const Slope<F>& s) const override {
-    const Vec<F> hi = splat(a.hi), lo = splat(a.lo), scale = splat(a.scale),
-                 offset = splat(a.offset);
-    const Vec<F> constant = splat(s.constant), slope = splat(s.slope);
-    const int64_t at = row * call.geometry.inner + begin;
-    const uint8_t* mask = mask_at(row, begin);
-    const bool streams = stream && call.dy != call.dx && is_aligned(call.dx + at);
-    int64_t i = 0;
+  void dx_channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
+                   const Affine<F>* a, const Slope<F>* s) const override {
+    for (; c < c_end; ++c, ++a, ++s) {
+      const Vec<F> hi = splat(a->hi), lo = splat(a->lo), scale = splat(a->scale),
+                   offset = splat(a->offset);
+      const Vec<F> constant = splat(s->constant), slope = splat(s->slope);
+      const int64_t row = row_at(o, c), at = row * call.geometry.inner + begin;
+      const uint8_t* mask = mask_at(row, begin);
+      const bool streams = stream && call.dy != call.dx && is_aligned(call.dx + at);
+      int64_t i = 0;
 #pragma GCC unroll 2
-    for (; i + kWidth <= count; i += kWidth) {
-      dx_vector<true>(hi, lo, scale, offset, constant, slope, at + i, mask, i, kWidth, streams);
-    }
-    if (i < count) {
-      dx_vector<false>(hi, lo, scale, offset, constant, slope, at + i, mask, i,
-                       static_cast<int>(count - i), false);
+      for (; i + kWidth <= count; i += kWidth) {
+        dx_vector<true>(hi, lo, scale, offset, constant, slope, at + i, mask, i, kWidth, streams);
+      }
+      if (i < count) {
+        dx_vector<false>(hi, lo, scale, offset, constant, slope, at + i, mask, i,
+                         static_cast<int>(count - i), false);
+      }
     }
   }
 

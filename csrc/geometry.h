@@ -70,9 +70,11 @@ struct Chunk {
 
 // How many neighbouring channels to walk together: enough that what lies side by side in memory is
 // a few KB, few enough that their slabs stay in the second-level cache.
+inline constexpr int64_t kMaxBlock = 16;
+
 inline int64_t channel_block(const Geometry& g, int64_t item, int64_t threads) {
   const int64_t run = g.inner * item;
-  int64_t block = std::clamp<int64_t>(4096 / run, 1, 16);
+  int64_t block = std::clamp<int64_t>(4096 / run, 1, kMaxBlock);
   while (block > 1 && (block * run * g.outer > (int64_t{512} << 10) ||
                        ceil_div(g.channels, block) < 4 * threads)) {
     --block;

@@ -33,9 +33,9 @@ struct Moments {
   }
 };
 
-// Shifted sums of one channel in four independent chains, kept over several rows. Each float lane
-// takes 16 values or so before it is added to a double one: an outlier's square would otherwise
-// swallow the low bits of all that come after it.
+// Shifted sums of one channel, kept over several rows. Each float lane takes some 16 rounds of
+// values before it is added to a double one: an outlier's square would otherwise swallow the low
+// bits of all that come after it.
 template <typename F>
 class ShiftedSums {
  public:
@@ -65,49 +65,46 @@ class ShiftedSums {
 
  private:
   static constexpr int kChains = 4;
-  Vec<F> s1_[kChains] = {}, s2_[kChains] = {};
+  Vec<F> s1_ = {}, s2_ = {};
   Vec<double> total1_[2] = {}, total2_[2] = {};
   int64_t pending_ = 0;
   F shift_ = 0;
 
   void flush() {
-    add_wide(total1_, (s1_[0] + s1_[1]) + (s1_[2] + s1_[3]));
-    add_wide(total2_, (s2_[0] + s2_[1]) + (s2_[2] + s2_[3]));
-    for (int k = 0; k < kChains; ++k) s1_[k] = s2_[k] = Vec<F>{};
+    add_wide(total1_, s1_);
+    add_wide(total2_, s2_);
+    s1_ = s2_ = Vec<F>{};
     pending_ = 0;
   }
 
+  // Four independent chains, so that no addition waits for the one before.
   template <typename T>
   void add_block(const T* x, int64_t count) {
     constexpr int64_t kWidth = kLanes<T>;
-    Vec<F> a[kChains], b[kChains];
-    for (int k = 0; k < kChains; ++k) a[k] = s1_[k], b[k] = s2_[k];
+    Vec<F> a[kChains] = {}, b[kChains] = {};
     const Vec<F> centre = splat(shift_);
+    const auto add_vector = [&](int k, Vec<F> d) {
+      a[k] += d;
+      b[k] += d * d;
+    };
     int64_t i = 0;
     for (; i + kChains * kWidth <= count; i += kChains * kWidth) {
 #pragma GCC unroll 4
-      for (int k = 0; k < kChains; ++k) {
-        const Vec<F> d = load(x + i + k * kWidth) - centre;
-        a[k] += d;
-        b[k] += d * d;
-      }
+      for (int k = 0; k < kChains; ++k) add_vector(k, load(x + i + k * kWidth) - centre);
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < kChains; ++k) {
-      const int64_t left = count - i;
-      if (left <= 0) break;
-      Vec<F> d;
-      if (left >= kWidth) {
-        d = load(x + i) - centre;
-      } else {
-        const Bits<F> inside = lane_numbers<F>() < static_cast<int>(left);
-        d = select<F>(inside, load_first(x + i, static_cast<int>(left)) - centre, Vec<F>{});
-      }
-      a[k] += d;
-      b[k] += d * d;
+#pragma GCC unroll 3
+    for (int k = 0; k < kChains - 1; ++k) {
+      if (i + kWidth > count) break;
+      add_vector(k, load(x + i) - centre);
       i += kWidth;
     }
-    for (int k = 0; k < kChains; ++k) s1_[k] = a[k], s2_[k] = b[k];
+    if (i < count) {
+      const int tail = static_cast<int>(count - i);
+      const Bits<F> inside = lane_numbers<F>() < tail;
+      add_vector(3, select<F>(inside, load_first(x + i, tail) - centre, Vec<F>{}));
+    }
+    s1_ += (a[0] + a[1]) + (a[2] + a[3]);
+    s2_ += (b[0] + b[1]) + (b[2] + b[3]);
   }
 };
 

@@ -24,6 +24,12 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// Bring `bytes` from `data` towards the cache while something else is computed.
+inline void prefetch(const void* data, int64_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 inline int64_t last_level_cache() {
   static const int64_t bytes = [] {
     int64_t size = 0;

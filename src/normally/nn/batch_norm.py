@@ -138,7 +138,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """act(bn(input) + residual); see `normally.functional.batch_norm`."""
         if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
-            return _traced(self, input, residual)
+            return _traced(self, input, residual=residual, mask=mask, lengths=lengths)
         try:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
             training = self.training
@@ -195,10 +195,16 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _traced(layer: torch.nn.Module, input: Any, residual: Any) -> Any:
+def _traced(layer: torch.nn.Module, input: Any, **options: Any) -> Any:
     tracer = input.tracer
-    arguments = (input,) if residual is None else (input, residual)
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), arguments, {})
+    path = tracer.path_of_module(layer)
+    if not path:
+        raise torch.fx.proxy.TraceError(
+            f"{type(layer).__name__} is a leaf of symbolic tracing and cannot be its root; "
+            "trace a module that contains it."
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    return tracer.create_proxy("call_module", path, (input,), given)
 
 
 def _warn_of_half_statistics() -> None:
