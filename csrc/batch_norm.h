@@ -52,12 +52,18 @@ void batch_norm_forward(const ForwardCall<T>& call);
 template <typename T>
 void batch_norm_backward(const BackwardCall<T>& call);
 
-// y = act(((x - hi) - lo) * scale + offset): the mean in two parts, so that x - hi is exact near
-// it.
+// y = act((x - hi) * scale + offset). hi is the mean as F, so that x - hi is exact near it; what
+// the mean has beyond F, the low part, is in the offset: bias - low * scale.
 template <typename F>
 struct Affine {
-  F hi, lo, scale, offset;
+  F hi, scale, offset;
 };
+
+// The mean less what F holds of it.
+template <typename F>
+inline double low_part(double mean) {
+  return mean - static_cast<double>(static_cast<F>(mean));
+}
 
 inline double rstd_of(const Normalization& n, double var) {
   const double m = static_cast<double>(n.geometry.per_channel());
@@ -67,13 +73,12 @@ inline double rstd_of(const Normalization& n, double var) {
 
 template <typename F>
 inline Affine<F> affine_of(double mean, double rstd, const F* weight, const F* bias, int64_t c) {
-  const F hi = static_cast<F>(mean);
-  return {
-      hi,
-      static_cast<F>(mean - static_cast<double>(hi)),
-      static_cast<F>(rstd * (weight ? static_cast<double>(weight[c]) : 1.0)),
-      bias ? bias[c] : F(0),
-  };
+  const double scale = rstd * (weight ? static_cast<double>(weight[c]) : 1.0);
+  const double offset = bias ? static_cast<double>(bias[c]) : 0.0;
+  const double low = low_part<F>(mean);
+  // Without a low part the product is left out: scale may be infinite.
+  return {static_cast<F>(mean), static_cast<F>(scale),
+          static_cast<F>(low == 0 ? offset : offset - low * scale)};
 }
 
 // Channels whose x - mean, or rstd² in the backward, leaves the range of float.

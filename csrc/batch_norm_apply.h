@@ -39,10 +39,10 @@ struct Apply final : ForwardKernel<T> {
 
   // One vector at element `i` of a row whose mask starts at `mask`; the first `count` lanes.
   template <bool kWhole>
-  void vector(Vec<F> hi, Vec<F> lo, Vec<F> scale, Vec<F> offset, const T* x, const T* residual,
-              T* y, uint8_t* mask, int64_t i, int64_t count, bool streams) const {
+  void vector(Vec<F> hi, Vec<F> scale, Vec<F> offset, const T* x, const T* residual, T* y,
+              uint8_t* mask, int64_t i, int64_t count, bool streams) const {
     const int lanes = static_cast<int>(count);
-    Vec<F> z = ((kWhole ? load(x) : load_first(x, lanes)) - hi - lo) * scale + offset;
+    Vec<F> z = ((kWhole ? load(x) : load_first(x, lanes)) - hi) * scale + offset;
     if (residual) z += kWhole ? load(residual) : load_first(residual, lanes);
     if constexpr (kMask) write_bits<T>(mask, i, to_bits<F>(Act::template passes<F>(z)), count);
     z = Act::template value<F>(z, p);
@@ -59,8 +59,7 @@ struct Apply final : ForwardKernel<T> {
                 const Affine<F>* a) const override {
     const Geometry& g = call.geometry;
     for (; c < c_end; ++c, ++a) {
-      const Vec<F> hi = splat(a->hi), lo = splat(a->lo), scale = splat(a->scale),
-                   offset = splat(a->offset);
+      const Vec<F> hi = splat(a->hi), scale = splat(a->scale), offset = splat(a->offset);
       const int64_t row = o * g.channels + c, at = row * g.inner + begin;
       const T* x = call.x + at;
       const T* residual = call.residual ? call.residual + at : nullptr;
@@ -70,12 +69,30 @@ struct Apply final : ForwardKernel<T> {
       int64_t i = 0;
 #pragma GCC unroll 4
       for (; i + kWidth <= count; i += kWidth) {
-        vector<true>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask,
-                     i, kWidth, streams);
+        vector<true>(hi, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+                     kWidth, streams);
       }
       if (i < count) {
-        vector<false>(hi, lo, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask,
-                      i, count - i, false);
+        vector<false>(hi, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+                      count - i, false);
+      }
+    }
+  }
+
+  // Whole vectors of wide rows, the constants from the first-level cache: a strip of columns would
+  // touch one piece of many pages.
+  void wide_rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                 const RowAffine<F>& a, bool streams) const {
+    const int64_t step = call.training ? -1 : 1;
+    int64_t row = call.training ? row_end - 1 : row_begin;
+    for (int64_t n = row_begin; n < row_end; ++n, row += step) {
+      uint8_t* mask = kMask ? call.mask + row * ((width + 7) / 8) : nullptr;
+#pragma GCC unroll 4
+      for (int64_t j = begin; j + kWidth <= end; j += kWidth) {
+        const int64_t at = row * width + j;
+        vector<true>(load(&a.hi[j]), load(&a.scale[j]), load(&a.offset[j]), call.x + at,
+                     call.residual ? call.residual + at : nullptr, call.y + at, mask, j, kWidth,
+                     streams);
       }
     }
   }
@@ -84,10 +101,9 @@ struct Apply final : ForwardKernel<T> {
   template <int kVectors, bool kWhole>
   void columns(int64_t width, int64_t row_begin, int64_t row_end, int64_t column, int64_t count,
                const RowAffine<F>& a, bool streams) const {
-    Vec<F> hi[kVectors], lo[kVectors], scale[kVectors], offset[kVectors];
+    Vec<F> hi[kVectors], scale[kVectors], offset[kVectors];
     for (int k = 0; k < kVectors; ++k) {
       hi[k] = load(a.hi.data() + column + k * kWidth);
-      lo[k] = load(a.lo.data() + column + k * kWidth);
       scale[k] = load(a.scale.data() + column + k * kWidth);
       offset[k] = load(a.offset.data() + column + k * kWidth);
     }
@@ -102,7 +118,7 @@ struct Apply final : ForwardKernel<T> {
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const int64_t next = at + k * kWidth;
-        vector<kWhole>(hi[k], lo[k], scale[k], offset[k], call.x + next,
+        vector<kWhole>(hi[k], scale[k], offset[k], call.x + next,
                        call.residual ? call.residual + next : nullptr, call.y + next, mask,
                        column + k * kWidth, kWhole ? kWidth : count, streams);
       }
@@ -118,6 +134,10 @@ struct Apply final : ForwardKernel<T> {
       const int64_t tile = row_begin + (call.training ? tiles - 1 - t : t) * kRowTile;
       const int64_t tile_end = std::min(tile + kRowTile, row_end);
       int64_t column = begin;
+      if (end - begin >= kWideRow) {
+        wide_rows(width, tile, tile_end, begin, end, a, streams);
+        column = end - (end - begin) % kWidth;
+      }
       for (; column + kTile * kWidth <= end; column += kTile * kWidth) {
         columns<kTile, true>(width, tile, tile_end, column, 0, a, streams);
       }

@@ -23,16 +23,17 @@ inline Sums sums_of(const std::vector<Sums>& parts, int64_t segments, int64_t ch
 }
 
 template <typename T>
-Slope<Compute<T>> slope_of(const BackwardCall<T>& call, const Sums& sums, double rstd, int64_t c) {
+Slope<Compute<T>> slope_of(const BackwardCall<T>& call, Sums sums, double rstd, int64_t c) {
   using F = Compute<T>;
+  const double low = low_part<F>(call.mean[c]);
+  sums.gx -= low * sums.g;
   if (call.dbias) call.dbias[c] = sums.g;
   if (call.dweight) call.dweight[c] = sums.gx * rstd;
   if (!call.training) return {F(0), F(0)};
   const double m = static_cast<double>(call.geometry.per_channel());
   const double scale = rstd * (call.weight ? static_cast<double>(call.weight[c]) : 1.0);
-  return {
-      static_cast<F>(scale * sums.g / m),
-      static_cast<F>(scale * rstd * rstd * sums.gx / (m - static_cast<double>(call.correction)))};
+  const double slope = scale * rstd * rstd * sums.gx / (m - static_cast<double>(call.correction));
+  return {static_cast<F>(scale * sums.g / m - low * slope), static_cast<F>(slope)};
 }
 
 // A channel beyond the range of float, in double, value by value.

@@ -158,9 +158,11 @@ void evaluate_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel)
         affine_of(call.mean[c], rstd_of(call, call.var[c]), call.weight, call.bias, c));
   }
   parallel(g.outer * g.channels, g.numel() < kSerialElements, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = begin; row < end;) {
       const int64_t o = row / g.channels, c = row % g.channels;
-      kernel.channels(o, c, c + 1, 0, g.inner, &affine[c]);
+      const int64_t c_end = std::min(g.channels, c + end - row);
+      kernel.channels(o, c, c_end, 0, g.inner, &affine[c]);
+      row += c_end - c;
     }
     finish_streaming();
   });

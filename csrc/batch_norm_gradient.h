@@ -13,7 +13,7 @@
 namespace normally {
 
 struct Sums {
-  double g = 0, gx = 0;  // Σg and Σg·(x - mean)
+  double g = 0, gx = 0;  // Σg and Σg·(x - hi), later Σg·(x - mean)
 };
 
 // dx = g · scale - (constant + (x - mean) · slope)
@@ -93,10 +93,9 @@ struct Gradient final : BackwardKernel<T> {
 
   // One vector of the first sweep.
   template <bool kWhole>
-  void sum_vector(const Vec<F>& hi, const Vec<F>& lo, const Vec<F>& scale, const Vec<F>& offset,
-                  int64_t at, const uint8_t* mask, int64_t i, int count, Vec<F>& sg,
-                  Vec<F>& sgx) const {
-    Vec<F> centred = get<kWhole>(call.x + at, count) - hi - lo;
+  void sum_vector(const Vec<F>& hi, const Vec<F>& scale, const Vec<F>& offset, int64_t at,
+                  const uint8_t* mask, int64_t i, int count, Vec<F>& sg, Vec<F>& sgx) const {
+    Vec<F> centred = get<kWhole>(call.x + at, count) - hi;
     Vec<F> value = g<kWhole>(centred, scale, offset, at, mask, i, count);
     if constexpr (!kWhole) {
       const Bits<F> inside = lane_numbers<F>() < count;
@@ -110,10 +109,10 @@ struct Gradient final : BackwardKernel<T> {
 
   // One vector of the second sweep.
   template <bool kWhole>
-  void dx_vector(const Vec<F>& hi, const Vec<F>& lo, const Vec<F>& scale, const Vec<F>& offset,
+  void dx_vector(const Vec<F>& hi, const Vec<F>& scale, const Vec<F>& offset,
                  const Vec<F>& constant, const Vec<F>& slope, int64_t at, const uint8_t* mask,
                  int64_t i, int count, bool streams) const {
-    const Vec<F> centred = get<kWhole>(call.x + at, count) - hi - lo;
+    const Vec<F> centred = get<kWhole>(call.x + at, count) - hi;
     Vec<F> value = g<kWhole>(centred, scale, offset, at, mask, i, count);
     value *= scale;
     if (call.training) value -= centred * slope + constant;
@@ -137,8 +136,7 @@ struct Gradient final : BackwardKernel<T> {
   void sum_channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
                     const Affine<F>* a, RowSums<F>* sums) const override {
     for (; c < c_end; ++c, ++a, ++sums) {
-      const Vec<F> hi = splat(a->hi), lo = splat(a->lo), scale = splat(a->scale),
-                   offset = splat(a->offset);
+      const Vec<F> hi = splat(a->hi), scale = splat(a->scale), offset = splat(a->offset);
       const int64_t row = row_at(o, c), at = row * call.geometry.inner + begin;
       const uint8_t* mask = mask_at(row, begin);
       Vec<F> g_sum[2] = {}, gx_sum[2] = {};
@@ -147,16 +145,16 @@ struct Gradient final : BackwardKernel<T> {
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
           const int64_t j = i + k * kWidth;
-          sum_vector<true>(hi, lo, scale, offset, at + j, mask, j, kWidth, g_sum[k], gx_sum[k]);
+          sum_vector<true>(hi, scale, offset, at + j, mask, j, kWidth, g_sum[k], gx_sum[k]);
         }
       }
       if (i + kWidth <= count) {
-        sum_vector<true>(hi, lo, scale, offset, at + i, mask, i, kWidth, g_sum[0], gx_sum[0]);
+        sum_vector<true>(hi, scale, offset, at + i, mask, i, kWidth, g_sum[0], gx_sum[0]);
         i += kWidth;
       }
       if (i < count) {
-        sum_vector<false>(hi, lo, scale, offset, at + i, mask, i, static_cast<int>(count - i),
-                          g_sum[1], gx_sum[1]);
+        sum_vector<false>(hi, scale, offset, at + i, mask, i, static_cast<int>(count - i), g_sum[1],
+                          gx_sum[1]);
       }
       sums->g += g_sum[0] + g_sum[1];
       sums->gx += gx_sum[0] + gx_sum[1];
@@ -166,8 +164,7 @@ struct Gradient final : BackwardKernel<T> {
   void dx_channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
                    const Affine<F>* a, const Slope<F>* s) const override {
     for (; c < c_end; ++c, ++a, ++s) {
-      const Vec<F> hi = splat(a->hi), lo = splat(a->lo), scale = splat(a->scale),
-                   offset = splat(a->offset);
+      const Vec<F> hi = splat(a->hi), scale = splat(a->scale), offset = splat(a->offset);
       const Vec<F> constant = splat(s->constant), slope = splat(s->slope);
       const int64_t row = row_at(o, c), at = row * call.geometry.inner + begin;
       const uint8_t* mask = mask_at(row, begin);
@@ -175,10 +172,10 @@ struct Gradient final : BackwardKernel<T> {
       int64_t i = 0;
 #pragma GCC unroll 2
       for (; i + kWidth <= count; i += kWidth) {
-        dx_vector<true>(hi, lo, scale, offset, constant, slope, at + i, mask, i, kWidth, streams);
+        dx_vector<true>(hi, scale, offset, constant, slope, at + i, mask, i, kWidth, streams);
       }
       if (i < count) {
-        dx_vector<false>(hi, lo, scale, offset, constant, slope, at + i, mask, i,
+        dx_vector<false>(hi, scale, offset, constant, slope, at + i, mask, i,
                          static_cast<int>(count - i), false);
       }
     }
@@ -187,11 +184,10 @@ struct Gradient final : BackwardKernel<T> {
   // --- rows across channels -----------------------------------------------------------------
 
   struct ColumnConstants {
-    Vec<F> hi, lo, scale, offset;
+    Vec<F> hi, scale, offset;
     ColumnConstants() = default;
     ColumnConstants(const RowAffine<F>& a, int64_t column)
         : hi(load(a.hi.data() + column)),
-          lo(load(a.lo.data() + column)),
           scale(load(a.scale.data() + column)),
           offset(load(a.offset.data() + column)) {}
   };
@@ -212,7 +208,7 @@ struct Gradient final : BackwardKernel<T> {
       for (int k = 0; k < kVectors; ++k) {
         const int64_t j = column + k * kWidth;
         const ColumnConstants& c = constants[k];
-        sum_vector<kWhole>(c.hi, c.lo, c.scale, c.offset, row * width + j, mask, j,
+        sum_vector<kWhole>(c.hi, c.scale, c.offset, row * width + j, mask, j,
                            kWhole ? kWidth : count, g_sum[k], gx_sum[k]);
       }
     }
@@ -239,8 +235,8 @@ struct Gradient final : BackwardKernel<T> {
       for (int k = 0; k < kVectors; ++k) {
         const int64_t j = column + k * kWidth;
         const ColumnConstants& c = constants[k];
-        dx_vector<kWhole>(c.hi, c.lo, c.scale, c.offset, constant_of[k], slope_of[k],
-                          row * width + j, mask, j, kWhole ? kWidth : count, streams);
+        dx_vector<kWhole>(c.hi, c.scale, c.offset, constant_of[k], slope_of[k], row * width + j,
+                          mask, j, kWhole ? kWidth : count, streams);
       }
     }
   }

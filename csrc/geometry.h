@@ -31,7 +31,7 @@ inline constexpr int64_t kChunk = 4096;
 inline constexpr int64_t kMaxSegments = 64;
 
 // Rows across channels that are worth a segment of their own, each with its own shift.
-inline constexpr int64_t kMinSegmentRows = 512;
+inline constexpr int64_t kMinSegmentRows = 128;
 
 // Below this many elements a second thread costs more than it saves.
 inline constexpr int64_t kSerialElements = 32768;

@@ -41,9 +41,10 @@ inline int64_t last_level_cache() {
   return bytes;
 }
 
-// Whether an output of this size, beside an input of the same, leaves the cache before anyone reads
-// it: then writing around the cache saves reading its lines first (10-15 % of a forward).
-inline bool worth_streaming(int64_t bytes) { return 2 * bytes >= last_level_cache(); }
+// Whether an output of this size leaves the cache before anyone reads it: then writing around the
+// cache saves reading its lines first (10-15 % of a forward). A smaller output may well lie in
+// memory that the allocator reuses and the cache still holds.
+inline bool worth_streaming(int64_t bytes) { return bytes >= last_level_cache(); }
 
 inline void finish_streaming() {
 #if defined(__x86_64__)

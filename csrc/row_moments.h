@@ -11,6 +11,8 @@ namespace normally {
 // Rows that are walked down while a tile of columns stays in registers, and whose float sums are
 // then added to double ones: few, so that an outlier's square does not swallow what comes after it.
 inline constexpr int64_t kRowTile = 32;
+// Columns from which on a row is walked by itself.
+inline constexpr int64_t kWideRow = 512;
 // Rows that share one shift.
 inline constexpr int64_t kRowMerge = 512;
 
@@ -37,17 +39,15 @@ inline void for_channels_of(const RowWalk& walk, const Geometry& g, int64_t begi
   }
 }
 
-// The four constants of every column, padded to whole vectors.
+// The three constants of every column, padded to whole vectors.
 template <typename F>
 struct RowAffine {
-  std::vector<F> hi, lo, scale, offset;
+  std::vector<F> hi, scale, offset;
 
-  explicit RowAffine(int64_t width)
-      : hi(width + 16), lo(width + 16), scale(width + 16), offset(width + 16) {}
+  explicit RowAffine(int64_t width) : hi(width + 16), scale(width + 16), offset(width + 16) {}
 
   void set(const ChannelColumns& columns, const Affine<F>& a) {
-    columns.each(
-        [&](int64_t j) { hi[j] = a.hi, lo[j] = a.lo, scale[j] = a.scale, offset[j] = a.offset; });
+    columns.each([&](int64_t j) { hi[j] = a.hi, scale[j] = a.scale, offset[j] = a.offset; });
   }
 };
 
@@ -102,8 +102,8 @@ struct RowMoments {
   }
 
  private:
-  // The mean so far, or else of the first 64 rows: taken relative to the first, so that equal
-  // values give exactly themselves.
+  // The mean so far, or else of the first eighth of these rows, up to 64: taken relative to the
+  // first, so that equal values give exactly themselves.
   template <typename T>
   static void choose_shift(const T* x, const RowWalk& walk, int64_t row, int64_t row_end,
                            int64_t begin, int64_t end, const double* mean_so_far,
@@ -116,7 +116,7 @@ struct RowMoments {
     }
     const T* first = x + row * walk.width + begin;
     for (int64_t j = 0; j < columns; ++j) scratch.shift[j] = static_cast<F>(first[j]);
-    const int64_t sample = std::min<int64_t>(64, row_end - row);
+    const int64_t sample = std::clamp<int64_t>((row_end - row) / 8, 1, 64);
     add_rows(x, walk.width, row, row + sample, begin, end, scratch);
     for (int64_t j = 0; j < columns; ++j) {
       scratch.shift[j] += static_cast<F>(scratch.s1[j] / static_cast<double>(sample));
