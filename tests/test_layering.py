@@ -28,7 +28,6 @@ BESIDE = ("report", "environment")
 ONLY = {
     "report": set(),
     "environment": {"", "_native"},
-    "environment": {"", "_native"},
     "lab": {
         "",
         "report",
