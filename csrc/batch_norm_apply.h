@@ -35,7 +35,8 @@ struct Apply final : ForwardKernel<T> {
   const ForwardCall<T>& call;
   explicit Apply(const ForwardCall<T>& forward_call) : call(forward_call) {}
   const F p = static_cast<F>(call.act_param);
-  const bool stream = worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)));
+  const bool stream =
+      worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)), call.training);
 
   // One vector at element `i` of a row whose mask starts at `mask`; the first `count` lanes.
   template <bool kWhole>

@@ -55,7 +55,8 @@ struct Gradient final : BackwardKernel<T> {
   static constexpr int64_t kWidth = kLanes<T>;
   const BackwardCall<T>& call;
   const F p = static_cast<F>(call.act_param);
-  const bool stream = worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)));
+  const bool stream =
+      worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)), call.training);
 
   explicit Gradient(const BackwardCall<T>& backward_call) : call(backward_call) {}
 

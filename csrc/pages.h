@@ -42,9 +42,12 @@ inline int64_t last_level_cache() {
 }
 
 // Whether an output of this size leaves the cache before anyone reads it: then writing around the
-// cache saves reading its lines first (10-15 % of a forward). A smaller output may well lie in
+// cache saves reading its lines first (10-15 % of a forward). In training the input stays there
+// beside it, for the second sweep and the backward; in evaluation a smaller output may well lie in
 // memory that the allocator reuses and the cache still holds.
-inline bool worth_streaming(int64_t bytes) { return bytes >= last_level_cache(); }
+inline bool worth_streaming(int64_t bytes, bool training) {
+  return (training ? 2 * bytes : bytes) >= last_level_cache();
+}
 
 inline void finish_streaming() {
 #if defined(__x86_64__)
