@@ -57,13 +57,16 @@ def table(results: Results) -> str:
         values = [r.speedup[TORCH].median for r in records if r.dtype == dtype and r.number <= 7]
         if values:
             means.append(f"{dtype} {geometric_mean(values):.2f} ×")
+    slower = sum(TORCH in r.speedup and r.speedup[TORCH].median < 1 for r in results.records)
     m = results.machine
     lines += [
         "",
         f"Ours in milliseconds and how many times faster than torch {m['torch']} eager, medians "
         f"of interleaved runs on {max(r.threads for r in records)} threads ({m['cpu']}, "
         f"{m['instruction_set']}); bold where torch is faster. Geometric mean over shapes 1 to 7: "
-        + ", ".join(means) + ".",
+        + ", ".join(means) + f". The run also has the norm alone, the forward by itself and "
+        f"evaluation: torch is faster in {slower} of its {len(results.records)} cases, which the "
+        "page in `benchmarks/results/` lists.",
     ]  # fmt: skip
     return "\n".join(lines)
 
