@@ -189,19 +189,17 @@ def _run_eagerly(call: Call) -> Tensor:
     if not call.training:
         operator = ops.forward
         arguments = (call.running_mean, call.running_var, *config, save_mask)
-    elif _is_recomputation():
-        operator = ops.forward_and_update
-        arguments = (None, None, None, None, call.momentum, call.unbiased, *config, save_mask)
     else:
+        buffers = (None,) * 4 if _is_recomputation() else call[4:8]
         operator = ops.forward_and_update
-        arguments = (*call[4:8], call.momentum, call.unbiased, *config, save_mask)
+        arguments = (*buffers, call.momentum, call.unbiased, *config, save_mask)
     if differentiates:
         output = ops.EagerBatchNorm.apply(*tensors, operator, arguments, (call.training, *config))
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output, _, _ = operator(*tensors, *arguments)
     if call.training:
-        running_stats.mark_changed(call.running_mean, call.running_var)
+        running_stats.mark_changed(*buffers[:2])
     return output
 
 
