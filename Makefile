@@ -24,7 +24,7 @@ PRINT_CAPABILITY := 'import torch; print(torch.backends.cpu.get_cpu_capability()
 unexport PYTHONPATH PYTHONHOME PIP_USER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-isa nightly bench lint format docs wheel clean
+.PHONY: help demo test test-isa nightly bench perf-page lint format docs wheel clean
 
 # Two pip processes must not change one .venv at a time.
 .NOTPARALLEL:
@@ -52,8 +52,11 @@ test-isa: $(BUILT)  ## run the numerical tests under the lesser instruction sets
 nightly: $(BUILT)  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
 
-bench: $(BUILT)  ## ours against torch on this machine (ARGS="batch_norm")
+bench: $(BUILT) $(if $(findstring flax,$(ARGS)),$(VENV)/.stamp-bench)  ## ours against torch on this machine (ARGS="batch_norm")
 	$(VENV)/bin/normally bench $(ARGS)
+
+perf-page: $(BUILT)  ## write docs/performance.md from benchmarks/results/
+	$(PY) scripts/performance_page.py $(wildcard benchmarks/results/*.json)
 
 lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict, clang-format: report only
 	$(PY) -m ruff check .
@@ -112,6 +115,6 @@ endif
 	@rm -f $(VENV)/.stamp-built-* && touch $@
 
 # pip installs an extra only together with its package; the kernels are already built by then.
-$(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: pyproject.toml $(TOOLS) | $(BUILT)
+$(VENV)/.stamp-bench $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: pyproject.toml $(TOOLS) | $(BUILT)
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[$*]"
 	@touch $@

@@ -29,21 +29,43 @@ inline Vec<float> expm1_reduced(Vec<float> z, Vec<float>& n) {
   return p * r * r + r;
 }
 
+// min(max(z, low), high), and NaN for NaN.
+inline Vec<float> clamp(Vec<float> z, float low, float high) {
+#if defined(__AVX512F__)
+  // Either instruction gives its second operand where one is NaN.
+  const __m512 raised = _mm512_max_ps(_mm512_set1_ps(low), std::bit_cast<__m512>(z));
+  return std::bit_cast<Vec<float>>(_mm512_min_ps(_mm512_set1_ps(high), raised));
+#elif defined(__AVX2__)
+  const __m256 raised = _mm256_max_ps(_mm256_set1_ps(low), std::bit_cast<__m256>(z));
+  return std::bit_cast<Vec<float>>(_mm256_min_ps(_mm256_set1_ps(high), raised));
+#else
+  z = select<float>(z < low, splat(low), z);
+  return select<float>(z > high, splat(high), z);
+#endif
+}
+
 // 2^n for integral -126 <= n <= 127.
 inline Vec<float> power_of_two(Vec<float> n) {
   const auto exponent = __builtin_convertvector(n, Vec<int32_t>);
   return std::bit_cast<Vec<float>>((exponent + 127) << 23);
 }
 
-inline Vec<float> exp(Vec<float> z) {
-  z = select<float>(z < -104.0f, splat(-104.0f), z);
-  z = select<float>(z > 89.0f, splat(89.0f), z);
-  Vec<float> n;
-  const Vec<float> p = expm1_reduced(z, n);
+// p · 2^n for integral n, to infinity and to 0 where float ends.
+inline Vec<float> scale_by_power_of_two(Vec<float> p, Vec<float> n) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Vec<float>>(
+      _mm512_scalef_ps(std::bit_cast<__m512>(p), std::bit_cast<__m512>(n)));
+#else
   const Vec<float> magic = splat(12582912.0f);
   const Vec<float> half = (n * 0.5f + magic) - magic;  // in two steps: 2^128 is no float
-  const Vec<float> first = power_of_two(half);
-  return (p * first + first) * power_of_two(n - half);
+  return p * power_of_two(half) * power_of_two(n - half);
+#endif
+}
+
+inline Vec<float> exp(Vec<float> z) {
+  Vec<float> n;
+  const Vec<float> p = expm1_reduced(clamp(z, -104.0f, 89.0f), n);
+  return scale_by_power_of_two(p + 1.0f, n);
 }
 
 // e^z - 1 for z <= 0, without cancellation near 0.

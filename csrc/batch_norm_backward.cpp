@@ -7,7 +7,11 @@
 #include <cmath>
 #include <vector>
 
-#include "batch_norm_gradient.h"
+#include "activation.h"
+#include "batch_norm.h"
+#include "bits.h"
+#include "channel_gradient.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace normally {
@@ -49,9 +53,9 @@ void backward_extreme(const BackwardCall<T>& call, int64_t c) {
         const int64_t at = (o * geometry.channels + c) * geometry.inner + i;
         const double centred = static_cast<double>(call.x[at]) - mean;
         double g = static_cast<double>(call.dy[at]);
-        if (call.mask) {
-          const uint8_t* row = call.mask + mask_row_begin(geometry, o, c);
-          if (!read_bit(row, mask_column(geometry, c, i))) g *= call.act_param;
+        if (call.bits) {
+          const uint8_t* row = call.bits + bits_row_begin(geometry, o, c);
+          if (!read_bit(row, bits_column(geometry, c, i))) g *= call.act_param;
         } else {
           double z = centred * scale + offset;
           if (call.residual) z += static_cast<double>(call.residual[at]);
@@ -76,13 +80,6 @@ void backward_extreme(const BackwardCall<T>& call, int64_t c) {
     if (call.dx) call.dx[at] = static_cast<T>(static_cast<Compute<T>>(dx * scale));
   });
 }
-
-// The kernels of the two sweeps; the first is null where nothing needs it.
-template <typename T>
-struct Sweeps {
-  const BackwardKernel<T>* first;
-  const BackwardKernel<T>* second;
-};
 
 template <typename T>
 void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
@@ -114,7 +111,7 @@ void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
           prefetch(call.x + next, bytes);
           prefetch(call.dy + next, bytes);
         }
-        sweeps.first->sum_channels(row, begin, end, chunk.begin, chunk.count, constants, sums);
+        sweeps.first()->sum_channels(row, begin, end, chunk.begin, chunk.count, constants, sums);
       }
       for (int64_t c = begin; c < end; ++c) {
         const Sums total = sums[c - begin].total();
@@ -136,8 +133,8 @@ void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
          --index) {
       const Chunk chunk(walk, g, index);
       for (int64_t row = chunk.row_end - 1; row >= chunk.row; --row) {
-        sweeps.second->dx_channels(row, begin, end, chunk.begin, chunk.count, constants,
-                                   &slopes[begin]);
+        sweeps.second()->dx_channels(row, begin, end, chunk.begin, chunk.count, constants,
+                                     &slopes[begin]);
       }
     }
   };
@@ -145,7 +142,7 @@ void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   if (serial || blocks >= 3 * threads || blocks % threads == 0) {
     parallel(blocks, serial, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        for (int64_t s = 0; sweeps.first && s < walk.segments; ++s) sum(b, s);
+        for (int64_t s = 0; sweeps.first() && s < walk.segments; ++s) sum(b, s);
         for (int64_t c = b * block; c < std::min((b + 1) * block, g.channels); ++c) merge(c);
         for (int64_t s = walk.segments - 1; call.dx && s >= 0; --s) apply(b, s);
       }
@@ -154,7 +151,7 @@ void backward_planes(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
     return;
   }
   const int64_t tasks = blocks * walk.segments;
-  if (sweeps.first) {
+  if (sweeps.first()) {
     parallel(tasks, false, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) sum(t / walk.segments, t % walk.segments);
     });
@@ -171,7 +168,7 @@ template <typename T>
 void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   using F = Compute<T>;
   const Geometry& g = call.geometry;
-  const RowWalk walk(g, kLanes<T>, 2 * sizeof(T), call.mask != nullptr);
+  const RowWalk walk(g, kLanes<T>, 2 * sizeof(T), call.bits != nullptr);
   const bool serial = g.numel() < kSerialElements;
   RowAffine<F> affine(walk.width);
   std::vector<F> constant(walk.width + 16), slope(walk.width + 16);
@@ -183,8 +180,8 @@ void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
 
   const auto sum = [&](int64_t s, int64_t begin, int64_t end) {
     const int64_t at = s * walk.width;
-    sweeps.first->sum_rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), begin, end,
-                           affine, &parts_g[at], &parts_gx[at]);
+    sweeps.first()->sum_rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), begin,
+                             end, affine, &parts_g[at], &parts_gx[at]);
   };
   const auto merge = [&](int64_t begin, int64_t end) {
     for_channels_of(walk, g, begin, end, [&](int64_t c, const auto& columns) {
@@ -205,18 +202,18 @@ void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
     parallel(walk.groups(), serial, [&](int64_t first, int64_t last) {
       for (int64_t group = first; group < last; ++group) {
         const int64_t begin = group * walk.group, end = std::min(begin + walk.group, walk.width);
-        if (sweeps.first) sum(0, begin, end);
+        if (sweeps.first()) sum(0, begin, end);
         merge(begin, end);
         if (call.dx) {
-          sweeps.second->dx_rows(walk.width, 0, walk.rows, begin, end, affine, constant.data(),
-                                 slope.data());
+          sweeps.second()->dx_rows(walk.width, 0, walk.rows, begin, end, affine, constant.data(),
+                                   slope.data());
         }
       }
       finish_streaming();
     });
     return;
   }
-  if (sweeps.first) {
+  if (sweeps.first()) {
     parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) sum(s, 0, walk.width);
     });
@@ -225,8 +222,8 @@ void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
   if (!call.dx) return;
   parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
     for (int64_t s = last - 1; s >= first; --s) {
-      sweeps.second->dx_rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), 0,
-                             walk.width, affine, constant.data(), slope.data());
+      sweeps.second()->dx_rows(walk.width, walk.segment_begin(s), walk.segment_begin(s + 1), 0,
+                               walk.width, affine, constant.data(), slope.data());
     }
     finish_streaming();
   });
@@ -236,39 +233,15 @@ void backward_rows(const BackwardCall<T>& call, const Sweeps<T>& sweeps) {
 
 template <typename T>
 void batch_norm_backward(const BackwardCall<T>& call) {
-  // g once computed is kept for the second sweep where it has a place and T holds it exactly: in
-  // the residual's gradient, which it is, or in dx when computing it again costs more.
-  const bool sums = call.dweight || call.dbias || (call.training && call.dx);
-  const bool first_sweep = sums || call.dresidual;
-  constexpr bool kExact = sizeof(T) == sizeof(Compute<T>);
-  BackwardCall<T> first = call, second = call;
-  first.g = call.dresidual;
-  if (kExact && sums && !first.g && is_costly(call.act)) first.g = call.dx;
-  if (kExact && first.g) second.dy = first.g;
-  const Gradient<T, Identity, false> from_g(second);
-
-  const auto run = [&](const BackwardKernel<T>& kernel) {
-    const bool reuses_g = second.dy != call.dy;
-    const Sweeps<T> sweeps{
-        first_sweep ? &kernel : nullptr,
-        reuses_g ? static_cast<const BackwardKernel<T>*>(&from_g) : &kernel,
-    };
-    if (walks_rows(call.geometry)) {
-      backward_rows(call, sweeps);
-    } else {
-      backward_planes(call, sweeps);
-    }
-    for (int64_t c = 0; c < call.geometry.channels; ++c) {
-      if (is_extreme(call.mean[c], call.var[c])) backward_extreme(call, c);
-    }
-  };
-  with_activation(call.act, [&](auto act) {
-    using Act = decltype(act);
-    if constexpr (kPiecewiseConstant<Act>) {
-      if (call.mask) return run(Gradient<T, Act, true>(first));
-    }
-    run(Gradient<T, Act, false>(first));
-  });
+  const Sweeps<T> sweeps(call, place_in_dx(call));
+  if (walks_rows(call.geometry)) {
+    backward_rows(call, sweeps);
+  } else {
+    backward_planes(call, sweeps);
+  }
+  for (int64_t c = 0; c < call.geometry.channels; ++c) {
+    if (is_extreme(call.mean[c], call.var[c])) backward_extreme(call, c);
+  }
 }
 
 template void batch_norm_backward(const BackwardCall<double>&);

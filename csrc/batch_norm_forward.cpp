@@ -2,8 +2,12 @@
 #include <cmath>
 #include <vector>
 
-#include "batch_norm_apply.h"
+#include "activation.h"
+#include "batch_norm.h"
+#include "bits.h"
+#include "channel_apply.h"
 #include "moments.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace normally {
@@ -41,9 +45,9 @@ void forward_extreme(const ForwardCall<T>& call, int64_t c) {
       const int64_t at = (o * g.channels + c) * g.inner + i;
       double z = (static_cast<double>(call.x[at]) - mean) * scale + offset;
       if (call.residual) z += static_cast<double>(call.residual[at]);
-      if (call.mask) {
+      if (call.bits) {
         const bool passes = activation_gradient(call.act, 1, z, 0) == 1;
-        write_bit(call.mask + mask_row_begin(g, o, c), mask_column(g, c, i), passes);
+        write_bit(call.bits + bits_row_begin(g, o, c), bits_column(g, c, i), passes);
       }
       call.y[at] =
           static_cast<T>(static_cast<Compute<T>>(activation_value(call.act, z, call.act_param)));
@@ -172,7 +176,7 @@ template <typename T>
 void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
   using F = Compute<T>;
   const Geometry& g = call.geometry;
-  const RowWalk walk(g, kLanes<T>, sizeof(T), call.mask != nullptr);
+  const RowWalk walk(g, kLanes<T>, sizeof(T), call.bits != nullptr);
   const bool serial = g.numel() < kSerialElements;
   RowAffine<F> affine(walk.width);
   RowMoments moments(call.training ? walk.segments : 0, walk.width);
@@ -219,25 +223,17 @@ void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
 
 template <typename T>
 void batch_norm_forward(const ForwardCall<T>& call) {
-  const auto run = [&](const ForwardKernel<T>& kernel) {
-    if (walks_rows(call.geometry)) {
-      forward_rows(call, kernel);
-    } else if (call.training) {
-      forward_planes(call, kernel);
-    } else {
-      evaluate_planes(call, kernel);
-    }
-    for (int64_t c = 0; c < call.geometry.channels; ++c) {
-      if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
-    }
-  };
-  with_activation(call.act, [&](auto act) {
-    using Act = decltype(act);
-    if constexpr (kPiecewiseConstant<Act>) {
-      if (call.mask) return run(Apply<T, Act, true>(call));
-    }
-    run(Apply<T, Act, false>(call));
-  });
+  const std::unique_ptr<ForwardKernel<T>> kernel = forward_kernel(call);
+  if (walks_rows(call.geometry)) {
+    forward_rows(call, *kernel);
+  } else if (call.training) {
+    forward_planes(call, *kernel);
+  } else {
+    evaluate_planes(call, *kernel);
+  }
+  for (int64_t c = 0; c < call.geometry.channels; ++c) {
+    if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
+  }
 }
 
 template void batch_norm_forward(const ForwardCall<double>&);

@@ -18,7 +18,7 @@ struct Geometry {
 };
 
 // Up to this many elements a channel's rows are too short for vectors of their own, and the tensor
-// is walked as rows across all channels. _ops/batch_norm.py computes mask shapes with the same.
+// is walked as rows across all channels. _ops/batch_norm.py computes bits shapes with the same.
 inline constexpr int64_t kMaxShortRow = 8;
 
 inline bool walks_rows(const Geometry& g) { return g.inner <= kMaxShortRow; }
@@ -103,6 +103,10 @@ struct RowWalk {
     if (fold > 1 || group < unit || ceil_div(width, group) < 8) group = width;
     segments = group < width ? 1 : std::clamp<int64_t>(rows / kMinSegmentRows, 1, kMaxSegments);
   }
+
+  // All columns, all rows, one after the other.
+  RowWalk(int64_t all_rows, int64_t columns)
+      : rows(all_rows), width(columns), group(columns), segments(1) {}
 
   int64_t groups() const { return width == 0 ? 0 : ceil_div(width, group); }
   int64_t segment_begin(int64_t segment) const { return segment * rows / segments; }

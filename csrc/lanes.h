@@ -87,18 +87,37 @@ struct HalfVec {
 };
 
 inline Vec<float> widen(HalfVec<BFloat16>::type raw, BFloat16) {
+  // The instructions by name: the compiler makes five of __builtin_convertvector's one.
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(std::bit_cast<__m256i>(raw));
+  return std::bit_cast<Vec<float>>(_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(std::bit_cast<__m128i>(raw));
+  return std::bit_cast<Vec<float>>(_mm256_slli_epi32(wide, 16));
+#else
   using Wide = Vec<uint32_t>;
   return std::bit_cast<Vec<float>>(__builtin_convertvector(raw, Wide) << 16);
+#endif
 }
 
+// Rounds to nearest, ties to even, on the upper 16 bits. A NaN is cut: arithmetic makes only quiet
+// ones, whose mark is the highest bit of the mantissa.
 inline HalfVec<BFloat16>::type narrow(Vec<float> value, BFloat16) {
-  // Round to nearest even on the upper 16 bits; a NaN keeps a set mantissa bit.
+#if defined(__AVX512F__)
+  const __m512 v = std::bit_cast<__m512>(value);
+  const __m512i bits = std::bit_cast<__m512i>(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits,
+                                                _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return std::bit_cast<HalfVec<BFloat16>::type>(
+      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#else
   using Wide = Vec<uint32_t>;
   const Wide bits = std::bit_cast<Wide>(value);
-  const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Wide nan = (bits >> 16) | 0x40u;
+  const Wide rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   using Narrow = HalfVec<BFloat16>::type;
-  return __builtin_convertvector(value != value ? nan : rounded, Narrow);
+  return __builtin_convertvector((value != value ? bits : rounded) >> 16, Narrow);
+#endif
 }
 
 inline Vec<float> widen(HalfVec<Half>::type raw, Half) {
@@ -284,16 +303,27 @@ inline void add_wide(double* total, Vec<F> value, int64_t count) {
   std::memcpy(total, wide, sizeof(wide));
 }
 
-// Σ over the lanes in double, in an order that depends on the lanes' number alone.
-template <typename F>
-inline double sum(Vec<F> value) {
-  constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(F));
-  double lanes[kCount];
-  for (int i = 0; i < kCount; ++i) lanes[i] = static_cast<double>(value[i]);
-  for (int width = kCount / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+// Σ over the lanes in double: halves onto halves, an order that depends on the lanes' number alone.
+inline double sum(Vec<double> value) {
+#if defined(__AVX512F__)
+  const auto four = __builtin_shufflevector(value, value, 0, 1, 2, 3) +
+                    __builtin_shufflevector(value, value, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+  const auto four = value;
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+  const auto two =
+      __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+#else
+  const auto two = value;
+#endif
+  return two[0] + two[1];
+}
+
+inline double sum(Vec<float> value) {
+  Vec<double> wide[2] = {};
+  add_wide(wide, value);
+  return sum(wide[0] + wide[1]);
 }
 
 }  // namespace normally

@@ -48,10 +48,10 @@ class ShiftedSums {
   void add(const T* x, int64_t count) {
     constexpr int64_t kBlock = 16 * kChains * kLanes<T>;
     for (; count > kBlock; x += kBlock, count -= kBlock) {
-      add_block(x, kBlock);
+      add_block(x, kBlock, splat(shift_), s1_, s2_);
       flush();
     }
-    add_block(x, count);
+    add_block(x, count, splat(shift_), s1_, s2_);
     pending_ += count;
     if (pending_ >= kBlock) flush();
   }
@@ -59,30 +59,16 @@ class ShiftedSums {
   Moments moments(int64_t count) {
     flush();
     return Moments::of_shifted(static_cast<double>(count), static_cast<double>(shift_),
-                               sum<double>(total1_[0] + total1_[1]),
-                               sum<double>(total2_[0] + total2_[1]));
+                               sum(total1_[0] + total1_[1]), sum(total2_[0] + total2_[1]));
   }
 
- private:
   static constexpr int kChains = 4;
-  Vec<F> s1_ = {}, s2_ = {};
-  Vec<double> total1_[2] = {}, total2_[2] = {};
-  int64_t pending_ = 0;
-  F shift_ = 0;
-
-  void flush() {
-    add_wide(total1_, s1_);
-    add_wide(total2_, s2_);
-    s1_ = s2_ = Vec<F>{};
-    pending_ = 0;
-  }
 
   // Four independent chains, so that no addition waits for the one before.
   template <typename T>
-  void add_block(const T* x, int64_t count) {
+  static void add_block(const T* x, int64_t count, Vec<F> centre, Vec<F>& s1, Vec<F>& s2) {
     constexpr int64_t kWidth = kLanes<T>;
     Vec<F> a[kChains] = {}, b[kChains] = {};
-    const Vec<F> centre = splat(shift_);
     const auto add_vector = [&](int k, Vec<F> d) {
       a[k] += d;
       b[k] += d * d;
@@ -103,8 +89,21 @@ class ShiftedSums {
       const Bits<F> inside = lane_numbers<F>() < tail;
       add_vector(3, select<F>(inside, load_first(x + i, tail) - centre, Vec<F>{}));
     }
-    s1_ += (a[0] + a[1]) + (a[2] + a[3]);
-    s2_ += (b[0] + b[1]) + (b[2] + b[3]);
+    s1 += (a[0] + a[1]) + (a[2] + a[3]);
+    s2 += (b[0] + b[1]) + (b[2] + b[3]);
+  }
+
+ private:
+  Vec<F> s1_ = {}, s2_ = {};
+  Vec<double> total1_[2] = {}, total2_[2] = {};
+  int64_t pending_ = 0;
+  F shift_ = 0;
+
+  void flush() {
+    add_wide(total1_, s1_);
+    add_wide(total2_, s2_);
+    s1_ = s2_ = Vec<F>{};
+    pending_ = 0;
   }
 };
 
@@ -121,6 +120,85 @@ inline Compute<T> first_shift(const T* x, int64_t rows, int64_t stride, int64_t 
   sums.reset(static_cast<F>(x[0]));
   for (int64_t row = 0; row < rows; ++row) sums.add(x + row * stride, count);
   return static_cast<F>(sums.moments(rows * count).mean);
+}
+
+// The mean of the first values as a shift: relative to the very first, so that equal values give
+// exactly themselves, and of so many that one outlier among them cannot spoil it.
+template <typename T>
+inline Compute<T> shift_of(const T* x, int64_t count) {
+  using F = Compute<T>;
+  constexpr int64_t kWidth = kLanes<T>, kSample = 512;
+  count = std::min(count, kSample);
+  const F first = static_cast<F>(x[0]);
+  Vec<F> s[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+    s[0] += load(x + i) - first;
+    s[1] += load(x + i + kWidth) - first;
+  }
+  for (; i < count; i += kWidth) {
+    const int tail = static_cast<int>(std::min(kWidth, count - i));
+    const Bits<F> inside = lane_numbers<F>() < tail;
+    s[0] += select<F>(inside, load_first(x + i, tail) - first, Vec<F>{});
+  }
+  return first + static_cast<F>(sum(s[0] + s[1]) / static_cast<double>(count));
+}
+
+// Moments of up to kChunk values that lie one beside the other, by a shift near their mean.
+template <typename T, typename F = Compute<T>>
+inline Moments chunk_moments(const T* x, int64_t count, F shift) {
+  constexpr int64_t kBlock = 16 * ShiftedSums<F>::kChains * kLanes<T>;
+  Vec<double> total1[2] = {}, total2[2] = {};
+  for (int64_t i = 0; i < count; i += kBlock) {
+    Vec<F> s1 = {}, s2 = {};
+    ShiftedSums<F>::add_block(x + i, std::min(kBlock, count - i), splat(shift), s1, s2);
+    add_wide(total1, s1);
+    add_wide(total2, s2);
+  }
+  return Moments::of_shifted(static_cast<double>(count), static_cast<double>(shift),
+                             sum(total1[0] + total1[1]), sum(total2[0] + total2[1]));
+}
+
+// Moments of any number of values that lie one beside the other.
+template <typename T>
+inline Moments moments_of(const T* x, int64_t count) {
+  Moments total = chunk_moments(x, std::min(kChunk, count), shift_of(x, count));
+  for (int64_t i = kChunk; i < count; i += kChunk) {
+    const Compute<T> shift = static_cast<Compute<T>>(total.mean);
+    total.merge(chunk_moments(x + i, std::min(kChunk, count - i), shift));
+  }
+  return total;
+}
+
+// Σx², float lanes added to double ones as in ShiftedSums.
+template <typename T>
+inline double sum_of_squares(const T* x, int64_t count) {
+  using F = Compute<T>;
+  constexpr int64_t kWidth = kLanes<T>, kChains = 4, kBlock = 16 * kChains * kWidth;
+  Vec<double> total[2] = {};
+  int64_t i = 0;
+  while (i < count) {
+    const int64_t end = std::min(i + kBlock, count);
+    Vec<F> s[kChains] = {};
+    for (; i + kChains * kWidth <= end; i += kChains * kWidth) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kChains; ++k) {
+        const Vec<F> v = load(x + i + k * kWidth);
+        s[k] += v * v;
+      }
+    }
+    for (; i + kWidth <= end; i += kWidth) {
+      const Vec<F> v = load(x + i);
+      s[0] += v * v;
+    }
+    if (i < end) {
+      const Vec<F> v = load_first(x + i, static_cast<int>(end - i));
+      s[1] += v * v;
+      i = end;
+    }
+    add_wide(total, (s[0] + s[1]) + (s[2] + s[3]));
+  }
+  return sum(total[0] + total[1]);
 }
 
 }  // namespace normally

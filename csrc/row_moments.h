@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "batch_norm.h"
+#include "channel_norm.h"
 #include "moments.h"
 
 namespace normally {

@@ -1,6 +1,7 @@
 // The running statistics' update: in place, per channel, refused where a batch is not finite.
 #include "running_stats.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace normally {
@@ -56,16 +57,15 @@ void check_buffers(const OptionalTensor& running_mean, const OptionalTensor& run
 
 void update_running_stats(const OptionalTensor& running_mean, const OptionalTensor& running_var,
                           const OptionalTensor& num_batches_tracked,
-                          const OptionalTensor& skipped_updates, const Tensor& stats, int64_t count,
+                          const OptionalTensor& skipped_updates, const Tensor& stats,
                           std::optional<double> momentum, bool unbiased) {
-  if (count == 0) return;
   const int64_t channels = stats.size(1);
   check_buffers(running_mean, running_var, skipped_updates, channels);
   const Running mean(running_mean), var(running_var);
   const double* means = static_cast<const double*>(stats.const_data_ptr());
   const double* vars = means + channels;
-  const double m = static_cast<double>(count);
-  const double to_unbiased = unbiased ? m / (m - 1) : 1;
+  const double* counts = vars + channels;
+  if (std::none_of(counts, counts + channels, [](double m) { return m > 0; })) return;
 
   int64_t batches = 1;
   if (num_batches_tracked) {
@@ -74,7 +74,9 @@ void update_running_stats(const OptionalTensor& running_mean, const OptionalTens
   int64_t* skipped =
       skipped_updates ? static_cast<int64_t*>(skipped_updates->mutable_data_ptr()) : nullptr;
   for (int64_t c = 0; c < channels; ++c) {
-    const double batch_var = vars[c] * to_unbiased;
+    const double m = counts[c];
+    if (m == 0) continue;
+    const double batch_var = unbiased ? vars[c] * (m / (m - 1)) : vars[c];
     if (!mean.holds(means[c]) || !var.holds(batch_var)) {
       if (skipped) ++skipped[c];
       continue;
@@ -92,9 +94,9 @@ namespace {
 
 void update(OptionalTensor running_mean, OptionalTensor running_var,
             OptionalTensor num_batches_tracked, OptionalTensor skipped_updates, const Tensor& stats,
-            int64_t count, std::optional<double> momentum, bool unbiased) {
+            std::optional<double> momentum, bool unbiased) {
   update_running_stats(running_mean, running_var, num_batches_tracked, skipped_updates, stats,
-                       count, momentum, unbiased);
+                       momentum, unbiased);
 }
 
 }  // namespace

@@ -5,11 +5,11 @@
 
 namespace normally {
 
-// Moves the buffers that are there towards stats (2, channels), per channel, in place; a channel
+// Moves the buffers that are there towards stats (3, channels), per channel, in place; a channel
 // whose statistics its buffer cannot hold stays as it was and is counted. Nothing for no values.
 void update_running_stats(const OptionalTensor& running_mean, const OptionalTensor& running_var,
                           const OptionalTensor& num_batches_tracked,
-                          const OptionalTensor& skipped_updates, const Tensor& stats, int64_t count,
+                          const OptionalTensor& skipped_updates, const Tensor& stats,
                           std::optional<double> momentum, bool unbiased);
 
 // Refuses buffers that the update cannot write to, before anything is computed.

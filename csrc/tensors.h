@@ -66,22 +66,23 @@ inline Geometry geometry_of(const Tensor& t) {
 }
 
 // An uninitialized CPU tensor, straight from the allocator: 1 µs less than through the dispatcher.
+template <typename Sizes>
+inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), std::data(sizes), std::data(strides), scalar_code(dtype),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                     ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
-                               scalar_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_strided(sizes, strides, dtype);
 }
 
 // Shape, strides and dtype of `t`, which is dense.
 inline Tensor fresh_like(const Tensor& t) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      t.dim(), t.sizes().data(), t.strides().data(), scalar_code(t.scalar_type()),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
+  Tensor result = empty_strided(t.sizes(), t.strides(), t.scalar_type());
   prefer_huge_pages(result.mutable_data_ptr(), result.numel() * t.element_size());
   return result;
 }
@@ -102,11 +103,11 @@ inline void with_type(ScalarType dtype, Function&& function) {
   }
 }
 
-// A per-channel tensor of any floating dtype as a vector of F.
+// A tensor of any floating dtype as a vector of F; of one dimension, or contiguous.
 template <typename F>
 inline std::vector<F> values_of(const Tensor& t) {
   std::vector<F> result(t.numel());
-  const int64_t stride = t.dim() ? t.stride(0) : 1;
+  const int64_t stride = t.dim() == 1 ? t.stride(0) : 1;
   with_type(t.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const T* p = static_cast<const T*>(t.const_data_ptr());
@@ -119,7 +120,7 @@ inline std::vector<F> values_of(const Tensor& t) {
 
 template <typename F>
 inline void write_values(const std::vector<F>& values, Tensor& t) {
-  const int64_t stride = t.dim() ? t.stride(0) : 1;
+  const int64_t stride = t.dim() == 1 ? t.stride(0) : 1;
   with_type(t.scalar_type(), [&](auto type) {
     using T = decltype(type);
     T* p = static_cast<T*>(t.mutable_data_ptr());

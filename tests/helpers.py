@@ -161,26 +161,29 @@ def batch_norm_terms(
     residual: Tensor | None,
     eps: float,
     correction: int,
+    mask: Tensor | None = None,
 ) -> Terms:
-    """x̂, 1/√(var+eps) and z of `(N, C, *)`, detached."""
-    x = x.detach().double()
+    """x̂, 1/√(var+eps) and z of `(N, C, *)`, detached; 0 where `mask` is False."""
+    x = reference.hide(x.detach().double(), mask)
     shape = (1, -1, *(1,) * (x.dim() - 2))
     dims = [d for d in range(x.dim()) if d != 1]
     count = math.prod(x.shape[d] for d in dims)
+    if mask is not None:
+        count = int(mask.expand(x[:, :1].shape).sum())
     if mean is None or var is None:
-        mean, var = reference.moments(x, dims)
+        mean, var = reference.moments(x, dims, mask)
         var = var * (count / (count - correction)) if correction else var
     else:
         mean, var = mean.detach().double().view(shape), var.detach().double().view(shape)
     rstd = (var + eps).rsqrt()
-    normalized = (x - mean) * rstd
+    normalized = reference.hide((x - mean) * rstd, mask)
     z = normalized
     if weight is not None:
         z = z * weight.detach().double().view(shape)
     if bias is not None:
         z = z + bias.detach().double().view(shape)
     if residual is not None:
-        z = z + residual.detach().double()
+        z = z + reference.hide(residual.detach().double(), mask)
     return Terms(normalized, rstd, z, count)
 
 
@@ -198,8 +201,12 @@ def check_batch_norm(
     unbiased: bool = True,
     momentum: float = 0.1,
     gradient: str = "contiguous",
+    mask: Tensor | None = None,
 ) -> None:
-    """Forward, running statistics and all gradients of one call against float64."""
+    """Forward, running statistics and all gradients of one call against float64.
+
+    `mask` has the input's number of dimensions and 1 at the channels.
+    """
     shape = (1, -1, *(1,) * (x.dim() - 2))
     channels = x.shape[1]
     parameter_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -213,6 +220,7 @@ def check_batch_norm(
     y = functional.batch_norm(
         leaves[0], running_mean, running_var, leaves[1], leaves[2], training, momentum, eps,
         act=act, act_param=act_param, residual=leaves[3], correction=correction, unbiased=unbiased,
+        mask=mask,
     )  # fmt: skip
 
     wide = [
@@ -222,26 +230,28 @@ def check_batch_norm(
     statistics = (None, None) if training else (before[0].double(), before[1].double())
     expected = reference.batch_norm(
         wide[0], *statistics, wide[1], wide[2], eps,
-        residual=wide[3], act=act, act_param=act_param, correction=correction,
+        residual=wide[3], act=act, act_param=act_param, correction=correction, mask=mask,
     )  # fmt: skip
     promoted = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     assert y.dtype is promoted
     if is_dense(x) and promoted is x.dtype:
         assert y.stride() == x.stride()
     terms = batch_norm_terms(
-        x, statistics[0], statistics[1], weight, bias, residual, eps, correction
+        x, statistics[0], statistics[1], weight, bias, residual, eps, correction, mask
     )
     w = 1.0 if weight is None else weight.detach().double().abs().view(shape)
     size = 1 + w * terms.normalized.abs()
     size = size + (0 if bias is None else bias.detach().double().abs().view(shape))
-    size = size + (0 if residual is None else residual.detach().double().abs())
+    if residual is not None:
+        size = size + reference.hide(residual.detach().double().abs(), mask)
     # A residual of another dtype is added to an output that was rounded to the input's already.
     inner = 1.0
     if residual is not None and residual.dtype is not x.dtype:
         inner = 2 * max(rounding(t) for t in (x.dtype, promoted)) / arithmetic(promoted)
     assert_within(y, expected, inner * size, promoted, "output")
 
-    _check_running(x, before, (running_mean, running_var), training, momentum, unbiased, terms)
+    after = running_mean, running_var
+    _check_running(x, before, after, training, momentum, unbiased, terms, mask)
 
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
     g = lay_out(g, gradient)
@@ -256,7 +266,12 @@ def check_batch_norm(
     for (leaf, _), gradient_of in zip(present, actual, strict=True):
         assert gradient_of.dtype is leaf.dtype
         assert gradient_of.shape == leaf.shape
-    _check_gradients(leaves, actual, wanted, g, terms, w, inner, act, act_param)
+    kept = reference.hide(g, mask)
+    _check_gradients(leaves, actual, wanted, kept, terms, w, inner, act, act_param)
+    if mask is not None:
+        hidden = ~mask.expand(x.shape)
+        assert torch.count_nonzero(y[hidden]) == 0
+        assert torch.count_nonzero(actual[0][hidden]) == 0
 
 
 def _check_running(
@@ -267,18 +282,19 @@ def _check_running(
     momentum: float,
     unbiased: bool,
     terms: Terms,
+    mask: Tensor | None = None,
 ) -> None:
-    if not training:
-        assert_same_bits(after[0], before[0], "running_mean in evaluation")
-        assert_same_bits(after[1], before[1], "running_var in evaluation")
+    if not training or terms.count == 0:
+        assert_same_bits(after[0], before[0], "running_mean with nothing to learn")
+        assert_same_bits(after[1], before[1], "running_var with nothing to learn")
         return
     dims = [d for d in range(x.dim()) if d != 1]
-    mean, var = reference.moments(x.detach().double(), dims)
-    mean, var = mean.flatten(), var.flatten()
+    x = reference.hide(x.detach().double(), mask)
+    mean, var = (t.flatten() for t in reference.moments(x, dims, mask))
     if unbiased:
         var = reference.unbiased(var, terms.count)
     # |mean| alone would ask for more than a sum of values of both signs can give.
-    largest = x.detach().double().abs().amax(dims)
+    largest = x.abs().amax(dims)
     for name, old, new, batch, size in (
         ("running_mean", before[0], after[0], mean, largest),
         ("running_var", before[1], after[1], var, var + 1),

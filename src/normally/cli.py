@@ -72,6 +72,9 @@ def bench(
     compile: Annotated[
         bool, typer.Option("--compile", help="Measure torch.compile of torch's layers too.")
     ] = False,
+    also: Annotated[
+        str, typer.Option(help="Other libraries: flax (the extra [bench]), onednn.")
+    ] = "",
 ) -> None:
     """Time our operators against torch's on this machine; Ctrl-C keeps what was measured.
 
@@ -93,6 +96,7 @@ def bench(
             json_path=json_path,
             html_path=html_path,
             compile=compile,
+            also=_split(also),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

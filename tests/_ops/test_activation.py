@@ -29,6 +29,6 @@ def test_errors_name_the_caller() -> None:
         activation.encode("gelu", 0.1, "BatchNorm2d")
 
 
-def test_only_piecewise_linear_ones_have_masks() -> None:
+def test_only_piecewise_linear_ones_have_saved_bits() -> None:
     names = {activation.NAMES[code] for code in activation.PIECEWISE_CONSTANT}
     assert names == {"relu", "relu6", "leaky_relu"}

@@ -38,8 +38,9 @@ def arguments(
     act: str | None = None,
     training: bool = True,
     with_residual: bool = False,
+    with_mask: bool = False,
     affine: bool = True,
-    save_mask: bool = False,
+    save_bits: bool = False,
     requires_grad: bool = False,
 ) -> tuple[Any, ...]:
     """What the forward operator takes, by position."""
@@ -55,20 +56,23 @@ def arguments(
     if not training:
         statistics = torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
     code, param = activation.encode(act, None, "test")
-    return (*tensors, *statistics, 1e-5, 0, code, param, save_mask)
+    mask = None
+    if with_mask:
+        mask = torch.rand(x[:, :1].shape, generator=torch.Generator().manual_seed(9)) > 0.3
+    return (*tensors, mask, *statistics, 1e-5, 0, code, param, save_bits)
 
 
 def backward_arguments(forward: tuple[Any, ...], need: int = NEED_ALL) -> tuple[Any, ...]:
     """What the backward operator takes after a forward with these arguments."""
-    x, weight, bias, residual, mean, _, eps, correction, act, param, _ = forward
-    output, stats, mask = OP(*forward)
-    has_mask = mask.numel() > 0
+    x, weight, bias, residual, mask, mean, _, eps, correction, act, param, _ = forward
+    output, stats, bits = OP(*forward)
+    has_bits = bits.numel() > 0
     if residual is None:
         need &= ~operators.NEED_RESIDUAL
     g = torch.empty_like(output).copy_(values(tuple(x.shape), x.dtype, seed=3))
     return (
-        g, x.detach(), weight, bias, None if has_mask else residual, mask if has_mask else None,
-        stats, mean is None, eps, correction, act, param, need,
+        g, x.detach(), weight, bias, None if has_bits else residual, mask,
+        bits if has_bits else None, stats, mean is None, eps, correction, act, param, need,
     )  # fmt: skip
 
 
@@ -87,7 +91,8 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         )
         given = arguments(
             x, act=ACTS[(index + SHAPES.index(shape)) % len(ACTS)], training=index % 3 != 0,
-            with_residual=index % 2 == 0, affine=index % 4 != 3, requires_grad=True,
+            with_residual=index % 2 == 0, with_mask=index % 3 == 1, affine=index % 4 != 3,
+            requires_grad=True,
         )  # fmt: skip
         # Tracing takes most of the time; its result depends on the layout by the strides alone.
         utils = QUICK if index > 1 else (*QUICK, "test_aot_dispatch_dynamic")
@@ -116,12 +121,12 @@ def test_opcheck_of_the_backward(shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 @needs_native
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
-def test_opcheck_with_a_mask(act: str) -> None:
+def test_opcheck_with_saved_bits(act: str) -> None:
     for layout in layouts_of(4):
         x = lay_out(values((3, 5, 4, 6), torch.float32), layout)
-        given = arguments(x, act=act, with_residual=True, save_mask=True, requires_grad=True)
+        given = arguments(x, act=act, with_residual=True, save_bits=True, requires_grad=True)
         torch.library.opcheck(OP, given)
-        plain = arguments(x, act=act, with_residual=True, save_mask=True)
+        plain = arguments(x, act=act, with_residual=True, save_bits=True)
         torch.library.opcheck(BACKWARD, backward_arguments(plain))
 
 
@@ -172,8 +177,9 @@ def test_kernel_equals_fallback(act: str | None, dtype: torch.dtype) -> None:
     for index, layout in enumerate(layouts_of(4)):
         x = lay_out(values(shape, dtype), layout)
         given = arguments(
-            x, act=act, training=index % 3 != 1, with_residual=index % 2 == 0, affine=index % 5 != 4
-        )
+            x, act=act, training=index % 3 != 1, with_residual=index % 2 == 0,
+            with_mask=index % 4 == 3, affine=index % 5 != 4,
+        )  # fmt: skip
         ours, plain = OP(*given), operators._forward_fallback(*given)
         close(ours[0], plain[0], dtype, f"output {layout}")
         close(ours[1], plain[1], dtype, f"stats {layout}")
@@ -185,21 +191,21 @@ def test_kernel_equals_fallback(act: str | None, dtype: torch.dtype) -> None:
 
 @needs_native
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
-def test_the_mask_has_a_bit_for_every_element(act: str) -> None:
+def test_there_is_a_bit_for_every_element(act: str) -> None:
     for shape in ((3, 5, 4, 6), (2, 17, 7, 7), (9, 3, 1, 1), (4, 1, 3, 3), (33, 5, 2, 2)):
         for layout in layouts_of(4):
             x = lay_out(values(shape, torch.float32), layout)
-            given = arguments(x, act=act, with_residual=True, save_mask=True)
-            output, _, mask = OP(*given)
-            assert mask.shape == operators.mask_shape(output)
-            plain = OP(*given[:8], 0, 0.0, False)[0]
+            given = arguments(x, act=act, with_residual=True, save_bits=True)
+            output, _, bits = OP(*given)
+            assert bits.shape == operators.bits_shape(output)
+            plain = OP(*given[:9], 0, 0.0, False)[0]
             expected = (plain > 0) & (plain < 6) if act == "relu6" else plain > 0
-            assert torch.equal(operators.unpack_mask(mask, output), expected), (shape, layout)
+            assert torch.equal(operators.unpack_bits(bits, output), expected), (shape, layout)
 
 
-def test_the_fallback_refuses_a_mask() -> None:
-    given = arguments(values((3, 2, 4), torch.float32), act="relu", save_mask=True)
-    with pytest.raises(RuntimeError, match="only compiled kernels save masks"):
+def test_the_fallback_saves_no_bits() -> None:
+    given = arguments(values((3, 2, 4), torch.float32), act="relu", save_bits=True)
+    with pytest.raises(RuntimeError, match="only compiled kernels save bits"):
         operators._forward_fallback(*given)
 
 

@@ -24,8 +24,8 @@ def arguments(
         torch.tensor([0.5, -1.0, 2.0], dtype=dtype), torch.tensor([1.0, 2.0, 0.5], dtype=dtype),
         torch.tensor(4) if counted else None,
         torch.tensor([0, 1, 2]) if skipping else None,
-        torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64),
-        10, momentum, unbiased,
+        torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [10.0, 10.0, 10.0]], dtype=torch.float64),
+        momentum, unbiased,
     ]  # fmt: skip
 
 
@@ -74,6 +74,23 @@ def test_a_bad_channel_is_refused_and_counted(row: int, bad: float) -> None:
     assert (given[0][1].item(), given[1][1].item()) == (-1.0, 2.0)
     assert given[3].tolist() == [0, 2, 2]
     assert given[0][0].item() == pytest.approx(0.55)
+
+
+def test_a_channel_without_values_is_left_alone() -> None:
+    given = arguments()
+    given[4][2, 1] = 0
+    OP(*given)
+    assert (given[0][1].item(), given[1][1].item()) == (-1.0, 2.0)
+    assert given[2].item() == 5
+    assert given[3].tolist() == [0, 1, 2]
+
+
+def test_a_batch_without_values_changes_nothing() -> None:
+    given, before = arguments(), arguments()
+    given[4][2] = 0
+    OP(*given)
+    for new, old in zip(given[:4], before[:4], strict=True):
+        assert torch.equal(new, old)
 
 
 def test_a_variance_beyond_the_buffer_is_refused() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from normally.bench import main, page, run, table
 from normally.bench.batch_norm import BatchNorm
 from normally.bench.results import Results
-from normally.bench.shapes import Shape
+from normally.bench.shapes import SHAPES, Shape
 
 from .helpers import TINY, make_record, make_results
 from .test_results import all_cases
@@ -59,7 +59,7 @@ def test_every_number_of_threads_has_its_copy_speed(tmp_path, threads):
     before = torch.get_num_threads()
     path = tmp_path / "run.json"
     options = {"shapes": ["12"], "layouts": ["contiguous"], "budget": TINY, "json_path": path}
-    assert run(threads=[1, 2], **options) == 0
+    assert run(["batch_norm"], threads=[1, 2], **options) == 0
     assert torch.get_num_threads() == before
     results = Results.from_json(path.read_text(encoding="utf-8"))
     assert {record.threads for record in results.records} == {1, 2}
@@ -74,9 +74,13 @@ def test_what_raises_is_reported_and_the_others_are_timed(monkeypatch, capsys):
             return super().ours(case) if case.dtype == "float32" else torch.nn.BatchNorm2d(3)
 
     monkeypatch.setitem(main.OPERATORS, "batch_norm", Faulty())
-    assert run(shapes=["12"], layouts=["contiguous"], budget=TINY, threads=1) == 1
+    options = {"shapes": ["12"], "layouts": ["contiguous"], "budget": TINY, "threads": 1}
+    assert run(["batch_norm"], **options) == 1
     text = capsys.readouterr().out
-    assert "FAILED normally: 12a 2×16×8×8 contiguous bfloat16 forward+relu, 1 thread" in text
+    assert (
+        "FAILED normally: batch_norm 12a 2×16×8×8 contiguous bfloat16 forward+relu, 1 thread"
+        in text
+    )
     assert "FAILED torch" not in text
 
 
@@ -90,7 +94,7 @@ def test_an_interrupted_run_keeps_what_was_measured(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(main.Session, "measure", interrupted)
     path = tmp_path / "run.json"
-    assert run(shapes=["12"], budget=TINY, threads=1, json_path=path) == 130
+    assert run(["batch_norm"], shapes=["12"], budget=TINY, threads=1, json_path=path) == 130
     results = Results.from_json(path.read_text(encoding="utf-8"))
     assert not results.complete
     assert {record.dtype for record in results.records} == {"float32"}
@@ -111,15 +115,19 @@ def test_an_interruption_before_the_first_case(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"operators": ["batchnorm"]}, "operators must be among 'batch_norm'. Got 'batchnorm'"),
+        ({"operators": ["batchnorm"]}, "operators must be among 'batch_norm', .* Got 'batchnorm'"),
         ({"dtypes": ["int8"]}, "dtypes must be among .* Got 'int8'"),
         ({"layouts": ["NHWC"]}, "layouts must be among 'contiguous', 'channels_last'"),
         ({"budget": "long"}, "budget must be among 'quick', 'full'. Got 'long'"),
         ({"threads": 0}, "threads must be 1 or more. Got threads=0"),
         ({"threads": []}, "threads must be 1 or more"),
         ({"shapes": ["99"]}, "shapes must be numbers 1 to 12"),
-        ({"shapes": ["9"]}, "shapes must be among those of batch_norm"),
+        (
+            {"operators": ["batch_norm"], "shapes": ["9"]},
+            "shapes must be among those of batch_norm",
+        ),
         ({"shapes": ["8"], "layouts": ["channels_last"]}, "shapes must be among those of"),
+        ({"also": ["tensorflow"]}, "also must be among 'flax', 'onednn'. Got 'tensorflow'"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -177,8 +185,12 @@ def test_torch_compile_is_a_contender(monkeypatch, capsys):
     shape = Shape("12a", "batch_norm", (2, 16, 8, 8), "relu")
     monkeypatch.setattr(main, "select", lambda *_: [shape])
     options = {"dtypes": ["float32"], "layouts": ["contiguous"], "threads": 1}
-    assert run(budget=TINY, compile=True, **options) == 0
+    assert run(["batch_norm"], budget=TINY, compile=True, **options) == 0
     assert "Where torch.compile is faster" in capsys.readouterr().out
+
+
+def test_every_shape_has_its_operator():
+    assert set(main.OPERATORS) == {shape.operator for shape in SHAPES}
 
 
 def test_the_readme_names_every_field():

@@ -62,7 +62,7 @@ def test_speedup_is_the_median_of_the_ratios():
 def test_a_training_step_leaves_no_gradients():
     module = nn.BatchNorm1d(3)
     x = torch.randn(4, 3, requires_grad=True)
-    step = make_step(module, [x], "forward_backward", torch.ones(4, 3))
+    step = make_step(module, [x], "forward_backward", [torch.ones(4, 3)])
     gradients = step()
     assert [g.shape for g in gradients] == [(4, 3), (3,), (3,)]
     assert x.grad is None
@@ -70,6 +70,6 @@ def test_a_training_step_leaves_no_gradients():
 
 
 def test_outputs_are_fresh():
-    step = make_step(nn.ReLU(), [torch.randn(1000)], "forward", torch.ones(1000))
+    step = make_step(nn.ReLU(), [torch.randn(1000)], "forward", [torch.ones(1000)])
     first, second = step(), step()
     assert first.data_ptr() != second.data_ptr()

@@ -46,8 +46,8 @@ def test_parameters_do_not_count(x):
 def test_peak_of_relu(x):
     if not torch.profiler.kineto_available():
         pytest.skip("this torch has no profiler")
-    forward = make_step(nn.ReLU(), [x], "forward", torch.ones_like(x))
+    forward = make_step(nn.ReLU(), [x], "forward", [torch.ones_like(x)])
     assert peak_bytes(forward) == ONE
     # The output lives until its gradient exists.
-    both = make_step(nn.ReLU(), [x], "forward_backward", torch.ones_like(x))
+    both = make_step(nn.ReLU(), [x], "forward_backward", [torch.ones_like(x)])
     assert peak_bytes(both) == 2 * ONE

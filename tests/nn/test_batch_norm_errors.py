@@ -106,8 +106,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "device": ({"input": X.to("meta")}, ValueError),
     "residual's shape": ({"input": X, "residual": X[:, :, :2]}, ValueError),
     "residual's device": ({"input": X, "residual": X.to("meta")}, ValueError),
-    "mask": ({"input": X, "mask": torch.ones(4, 1, 5).bool()}, NotImplementedError),
-    "lengths": ({"input": X, "lengths": torch.tensor([5, 4, 3, 2])}, NotImplementedError),
+    "mask": ({"input": X, "mask": torch.ones(4, 3, 5).bool()}, ValueError),
+    "lengths": ({"input": X, "lengths": torch.tensor([5.0, 4, 3, 2])}, TypeError),
+    "one value kept": ({"input": X, "lengths": torch.tensor([0, 0, 1, 0])}, ValueError),
 }
 
 

@@ -266,9 +266,10 @@ class Masked(torch.nn.Module):
 
 
 def test_symbolic_tracing_does_not_lose_a_mask() -> None:
-    """Until masks come, refused when traced or when run: never ignored."""
-    with pytest.raises(NotImplementedError, match="mask is not implemented"):
-        torch.fx.symbolic_trace(Masked())(torch.randn(4, 3, 5), torch.ones(4, 1, 5).bool())
+    x, mask = torch.randn(4, 3, 5), torch.rand(4, 1, 5) > 0.5
+    y = torch.fx.symbolic_trace(Masked())(x, mask)
+    assert_same_bits(y, Masked()(x, mask))
+    assert not y.masked_select(~mask).any()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -5,8 +5,24 @@ kernels, which register themselves against those definitions.
 """
 
 from .. import _native
-from . import batch_norm, batch_norm_transforms, running_stats
+from . import (
+    batch_norm,
+    batch_norm_transforms,
+    group_norm,
+    layer_norm,
+    local_response_norm,
+    rms_norm,
+    running_stats,
+)
 
 _native.load()
 
-__all__ = ["batch_norm", "batch_norm_transforms", "running_stats"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_transforms",
+    "group_norm",
+    "layer_norm",
+    "local_response_norm",
+    "rms_norm",
+    "running_stats",
+]

@@ -1,13 +1,16 @@
 """`normally::batch_norm` and its backward: schemas, shapes, autograd, fallback.
 
-    batch_norm(input, weight, bias, residual, mean, var, …) -> (output, stats, mask)
+    batch_norm(input, weight, bias, residual, mask, mean, var, …) -> (output, stats, bits)
 
-`stats` is (2, C) float64, the mean and the biased variance that were used: those of the batch, or
-copies of `mean` and `var` where they are given (evaluation). A copy, so that a buffer which changes
-between forward and backward cannot break autograd.
+`stats` is (3, C) float64, the mean and the biased variance that were used and the number of values:
+those of the batch, or copies of `mean` and `var` where they are given (evaluation). A copy, so that
+a buffer which changes between forward and backward cannot break autograd.
 
-`mask` replaces the residual in the backward of a piecewise linear activation: one bit an element,
-1 where the derivative is 1. It is empty unless `save_mask` asks for it.
+`mask` is bool, 1 in place of C and otherwise broadcastable to the input: False enters no statistic
+and gives 0.
+
+`bits` replaces the residual in the backward of a piecewise linear activation: one bit an element,
+1 where the derivative is 1. It is empty unless `save_bits` asks for it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor
 from .. import reference
 from . import activation, running_stats
 from ._library import LIBRARY, define
-from .mask import mask_shape, unpack_mask
+from .bits import bits_shape, unpack_bits
 
 # What the backward must compute, as bits of `need`.
 NEED_INPUT, NEED_PARAMETERS, NEED_RESIDUAL = 1, 2, 4
@@ -32,36 +35,43 @@ def _forward_fallback(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
     correction: int,
     act: int,
     act_param: float,
-    save_mask: bool,
+    save_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if save_mask:
-        raise RuntimeError("normally::batch_norm: only compiled kernels save masks.")
+    if save_bits:
+        raise RuntimeError("normally::batch_norm: only compiled kernels save bits.")
     output = torch.empty_like(input)
-    no_mask = input.new_empty((0, 0), dtype=torch.uint8)
+    no_bits = input.new_empty((0, 0), dtype=torch.uint8)
     if input.numel() == 0:
-        return output, _stats_like(input).zero_(), no_mask
+        return output, _stats_like(input).zero_(), no_bits
     output.copy_(
         reference.batch_norm(
-            input, mean, var, weight, bias, eps,
-            residual=residual, correction=correction, **activation.decode(act, act_param),
+            input, mean, var, weight, bias, eps, residual=residual, mask=mask,
+            correction=correction, **activation.decode(act, act_param),
         )
     )  # fmt: skip
     if mean is None or var is None:
-        return output, batch_statistics(input), no_mask
-    return output, torch.stack((mean, var)).to(_stats_dtype(input)), no_mask
+        return output, batch_statistics(input, mask), no_bits
+    given = torch.stack((mean, var, torch.zeros_like(mean)))
+    return output, given.to(_stats_dtype(input)), no_bits
 
 
-def batch_statistics(input: Tensor) -> Tensor:
-    """The batch's mean and biased variance, (2, C)."""
+def batch_statistics(input: Tensor, mask: Tensor | None) -> Tensor:
+    """The batch's mean, biased variance and number of values, (3, C)."""
+    x = reference.widen(input)
     dims = [d for d in range(input.dim()) if d != 1]
-    mean, var = reference.moments(reference.widen(input), dims)
-    return torch.stack((mean.flatten(), var.flatten()))
+    mean, var = reference.moments(x, dims, mask)
+    if mask is None:
+        count = torch.full_like(mean, input.numel() / input.shape[1])
+    else:
+        count = mask.expand(input[:, :1].shape).to(x.dtype).sum().expand_as(mean)
+    return torch.stack((mean.flatten(), var.flatten(), count.flatten()))
 
 
 def _stats_dtype(input: Tensor) -> torch.dtype:
@@ -69,7 +79,7 @@ def _stats_dtype(input: Tensor) -> torch.dtype:
 
 
 def _stats_like(input: Tensor) -> Tensor:
-    return input.new_empty((2, input.shape[1]), dtype=_stats_dtype(input))
+    return input.new_empty((3, input.shape[1]), dtype=_stats_dtype(input))
 
 
 def _forward_fake(
@@ -77,23 +87,24 @@ def _forward_fake(
     weight: Any,
     bias: Any,
     residual: Any,
+    mask: Any,
     mean: Any,
     var: Any,
     eps: Any,
     correction: Any,
     act: Any,
     act_param: Any,
-    save_mask: bool,
+    save_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = torch.empty_like(input)
-    mask = input.new_empty(mask_shape(output) if save_mask else (0, 0), dtype=torch.uint8)
-    return output, _stats_like(input), mask
+    bits = input.new_empty(bits_shape(output) if save_bits else (0, 0), dtype=torch.uint8)
+    return output, _stats_like(input), bits
 
 
 forward = define(
-    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, "
-    "Tensor? var, float eps, int correction, int act, float act_param, bool save_mask) "
-    "-> (Tensor output, Tensor stats, Tensor mask)",
+    "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
+    "Tensor? mean, Tensor? var, float eps, int correction, int act, float act_param, "
+    "bool save_bits) -> (Tensor output, Tensor stats, Tensor bits)",
     fallback=_forward_fallback,
     fake=_forward_fake,
 )
@@ -104,6 +115,7 @@ def _forward_and_update_fallback(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -114,31 +126,30 @@ def _forward_and_update_fallback(
     correction: int,
     act: int,
     act_param: float,
-    save_mask: bool,
+    save_bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = forward(
-        input, weight, bias, residual, None, None, eps, correction, act, act_param, save_mask
+        input, weight, bias, residual, mask, None, None, eps, correction, act, act_param, save_bits
     )
-    count = input.numel() // max(1, input.shape[1])
     running_stats.update(
-        running_mean, running_var, num_batches_tracked, skipped_updates, result[1], count,
+        running_mean, running_var, num_batches_tracked, skipped_updates, result[1],
         momentum, unbiased,
     )  # fmt: skip
     return result
 
 
 def _forward_and_update_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    unused = (None,) * 9
-    return _forward_fake(input, *unused, save_mask=args[-1])
+    unused = (None,) * 10
+    return _forward_fake(input, *unused, save_bits=args[-1])
 
 
 # `batch_norm` in training and `update_running_stats_` in one call, which saves 4 µs where the call
 # is the cost. Eager only: a graph wants the functional operator and the mutation apart.
 forward_and_update = define(
     "batch_norm_and_update_(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-    "Tensor(d!)? skipped_updates, float? momentum, bool unbiased, float eps, int correction, "
-    "int act, float act_param, bool save_mask) -> (Tensor output, Tensor stats, Tensor mask)",
+    "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_updates, float? momentum, bool unbiased, float eps, int correction, "
+    "int act, float act_param, bool save_bits) -> (Tensor output, Tensor stats, Tensor bits)",
     fallback=_forward_and_update_fallback,
     fake=_forward_and_update_fake,
 )
@@ -146,6 +157,7 @@ forward_and_update = define(
 
 def _formula(
     mask: Tensor | None,
+    bits: Tensor | None,
     stats: Tensor,
     training: bool,
     eps: float,
@@ -154,7 +166,7 @@ def _formula(
     act_param: float,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The backward as a plain torch expression of (grad_output, input, weight, bias, residual)."""
-    mean, var = (None, None) if training else stats.unbind()
+    mean, var = (None, None) if training else stats[:2].unbind()
 
     def backward(
         grad_output: Tensor,
@@ -164,13 +176,13 @@ def _formula(
         residual: Tensor | None,
     ) -> tuple[Tensor, ...]:
         kept = act
-        if mask is not None:  # then act'(z) is a constant, and only the affine part is left
-            passes = unpack_mask(mask, torch.empty_like(input))
+        if bits is not None:  # then act'(z) is a constant, and only the affine part is left
+            passes = unpack_bits(bits, torch.empty_like(input))
             grad_output = torch.where(passes, grad_output, grad_output * act_param)
             kept = 0
         return reference.batch_norm_backward(
-            grad_output, input, mean, var, weight, bias, eps,
-            residual=residual, correction=correction, **activation.decode(kept, act_param),
+            grad_output, input, mean, var, weight, bias, eps, residual=residual, mask=mask,
+            correction=correction, **activation.decode(kept, act_param),
         )  # fmt: skip
 
     return backward
@@ -183,6 +195,7 @@ def _backward_fallback(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
+    bits: Tensor | None,
     stats: Tensor,
     training: bool,
     eps: float,
@@ -192,19 +205,37 @@ def _backward_fallback(
     need: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     result = _backward_fake(
-        grad_output, input, weight, bias, residual, mask, stats, training, eps, correction,
+        grad_output, input, weight, bias, residual, mask, bits, stats, training, eps, correction,
         act, act_param, need,
     )  # fmt: skip
     if input.numel() == 0:
         for gradient in result:
             gradient.zero_()
         return result
-    formula = _formula(mask, stats, training, eps, correction, act, act_param)
-    gradients = formula(grad_output, input, weight, bias, residual)
+    gradients = plain_backward(
+        grad_output, input, weight, bias, residual, mask, bits, stats, training, eps, correction,
+        act, act_param, need,
+    )  # fmt: skip
     for target, gradient in zip(result, gradients, strict=True):
         if target.shape == gradient.shape:
             target.copy_(gradient)
     return result
+
+
+def plain_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    bits: Tensor | None,
+    stats: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    """The backward as torch expressions; every gradient, asked for or not."""
+    formula = _formula(mask, bits, stats, *settings[:-1])
+    return formula(grad_output, input, weight, bias, residual)
 
 
 def _backward_fake(
@@ -214,6 +245,7 @@ def _backward_fake(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
+    bits: Tensor | None,
     stats: Tensor,
     training: bool,
     eps: float,
@@ -236,8 +268,8 @@ def _backward_fake(
 
 backward = define(
     "batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
-    "Tensor? residual, Tensor? mask, Tensor stats, bool training, float eps, int correction, "
-    "int act, float act_param, int need) "
+    "Tensor? residual, Tensor? mask, Tensor? bits, Tensor stats, bool training, float eps, "
+    "int correction, int act, float act_param, int need) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     fallback=_backward_fallback,
     fake=_backward_fake,
@@ -248,14 +280,14 @@ def _remember(
     ctx: Any,
     tensors: tuple[Tensor | None, ...],
     stats: Tensor,
-    mask: Tensor,
+    bits: Tensor,
     config: tuple[bool, float, int, int, float],
 ) -> None:
-    """Save for backward what it reads: the residual only where neither it nor a mask is spared."""
-    input, weight, bias, residual = tensors
-    has_mask = mask.numel() > 0
-    kept = residual if config[3] and not has_mask else None
-    ctx.save_for_backward(input, weight, bias, kept, mask if has_mask else None, stats)
+    """Save for backward what it reads: the residual only where its gradient reads it."""
+    input, weight, bias, residual, mask = tensors
+    has_bits = bits.numel() > 0
+    kept = residual if config[3] and not has_bits else None
+    ctx.save_for_backward(input, weight, bias, kept, mask, bits if has_bits else None, stats)
     ctx.config = config
     ctx.has_residual = residual is not None
 
@@ -277,7 +309,7 @@ def differentiate(
     )
     grad_input, grad_residual, grad_weight, grad_bias = call(grad_output, *saved, *config, need)
     if ctx.has_residual and not act:
-        grad_residual = grad_output
+        grad_residual = reference.hide(grad_output, saved[4])
     return (
         grad_input if needs[0] else None,
         grad_weight if needs[1] else None,
@@ -287,27 +319,27 @@ def differentiate(
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, stats, mask = output
-    ctx.mark_non_differentiable(stats, mask)
-    _remember(ctx, inputs[:4], stats, mask, (inputs[4] is None, *inputs[6:10]))
+    _, stats, bits = output
+    ctx.mark_non_differentiable(stats, bits)
+    _remember(ctx, inputs[:5], stats, bits, (inputs[5] is None, *inputs[7:11]))
 
 
 def _autograd_backward(
-    ctx: Any, grad_output: Tensor, _stats: Tensor, _mask: Tensor
+    ctx: Any, grad_output: Tensor, _stats: Tensor, _bits: Tensor
 ) -> tuple[Tensor | None, ...]:
-    return (*differentiate(ctx, ctx.saved_tensors, grad_output, backward), *(None,) * 7)
+    return (*differentiate(ctx, ctx.saved_tensors, grad_output, backward), *(None,) * 8)
 
 
 def save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.config = inputs[7:12]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.config = inputs[8:13]
 
 
 def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    *primals, mask, stats = ctx.saved_tensors
+    *primals, mask, bits, stats = ctx.saved_tensors
     if primals[1].numel() == 0:
-        return (*(None if t is None else torch.zeros_like(t) for t in primals), *(None,) * 8)
-    formula = _formula(mask, stats, *ctx.config)
+        return (*(None if t is None else torch.zeros_like(t) for t in primals), *(None,) * 9)
+    formula = _formula(mask, bits, stats, *ctx.config)
     present = [t for t in primals if t is not None]
 
     def of_present(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -322,7 +354,7 @@ def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     )
     second = iter(vjp(cotangents))
     result = tuple(next(second) if t is not None else None for t in primals)
-    return (*result, *(None,) * 8)
+    return (*result, *(None,) * 9)
 
 
 torch.library.register_autograd(
@@ -358,14 +390,15 @@ class EagerBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        mask: Tensor | None,
         operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
         arguments: tuple[Any, ...],
         config: tuple[bool, float, int, int, float],
     ) -> Tensor:
         """`operator` is this file's `forward` or `forward_and_update`, called below autograd."""
         with torch._C._AutoDispatchBelowAutograd():
-            output, stats, mask = operator(input, weight, bias, residual, *arguments)
-        _remember(ctx, (input, weight, bias, residual), stats, mask, config)
+            output, stats, bits = operator(input, weight, bias, residual, mask, *arguments)
+        _remember(ctx, (input, weight, bias, residual, mask), stats, bits, config)
         return output
 
     @staticmethod
@@ -378,4 +411,4 @@ class EagerBatchNorm(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 gradients = differentiate(ctx, saved, grad_output, backward)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
+from . import activation
 from . import batch_norm as ops
 from ._library import LIBRARY
 
@@ -34,27 +36,55 @@ def _unfold(tensor: Tensor, size: int, channel_dim: int) -> Tensor:
 def _map_forward(
     call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
+    if in_dims[4] is not None:  # a mask of its own for every element
+        return torch.func.vmap(_plain_forward, in_dims=in_dims)(*args), (0, 0, 0)
     size = info.batch_size
-    folded = [
-        _fold(tensor, dim, size, channel_dim)
-        for tensor, dim, channel_dim in zip(args[:6], in_dims, (1, 0, 0, 1, 0, 0), strict=False)
-    ]
-    output, stats, mask = call(*folded, *args[6:10], False)
-    return (_unfold(output, size, 1), _unfold(stats, size, 1), mask), (1, 1, None)
+    input, weight, bias, residual, mean, var = (
+        _fold(args[i], in_dims[i], size, channel_dim)
+        for i, channel_dim in ((0, 1), (1, 0), (2, 0), (3, 1), (5, 0), (6, 0))
+    )
+    output, stats, bits = call(
+        input, weight, bias, residual, args[4], mean, var, *args[7:11], False
+    )
+    return (_unfold(output, size, 1), _unfold(stats, size, 1), bits), (1, 1, None)
+
+
+def _plain_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator as torch expressions."""
+    eps, correction, act, act_param = settings[:4]
+    output = reference.batch_norm(
+        input, mean, var, weight, bias, eps, residual=residual, mask=mask, correction=correction,
+        **activation.decode(act, act_param),
+    )  # fmt: skip
+    no_bits = input.new_empty((0, 0), dtype=torch.uint8)
+    if mean is None or var is None:
+        return output, ops.batch_statistics(input, mask), no_bits
+    return output, torch.stack((mean, var, torch.zeros_like(mean))).double(), no_bits
 
 
 def _map_backward(
     call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
+    if args[6] is not None:
+        raise RuntimeError("normally::batch_norm_backward: saved bits cannot be mapped over.")
+    if in_dims[5] is not None:
+        return torch.func.vmap(ops.plain_backward, in_dims=in_dims)(*args), (0, 0, 0, 0)
     size = info.batch_size
-    if args[5] is not None:
-        raise RuntimeError("normally::batch_norm_backward: a saved mask cannot be mapped over.")
-    folded = [
-        _fold(tensor, dim, size, channel_dim)
-        for tensor, dim, channel_dim in zip(args[:7], in_dims, (1, 1, 0, 0, 1, 0, 1), strict=False)
-    ]
-    results = call(*folded, *args[7:])
-    need = args[12]
+    grad_output, input, weight, bias, residual, stats = (
+        _fold(args[i], in_dims[i], size, channel_dim)
+        for i, channel_dim in ((0, 1), (1, 1), (2, 0), (3, 0), (4, 1), (7, 1))
+    )
+    results = call(grad_output, input, weight, bias, residual, args[5], None, stats, *args[8:])
+    need = args[13]
     asked = (
         need & ops.NEED_INPUT,
         need & ops.NEED_RESIDUAL,
@@ -94,7 +124,7 @@ class TransformableBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Through a function that has a derivative under transforms, too."""
         call = _TransformableBackward.apply
-        return (*ops.differentiate(ctx, ctx.saved_tensors, grad_output, call), *(None,) * 7)
+        return (*ops.differentiate(ctx, ctx.saved_tensors, grad_output, call), *(None,) * 8)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -3,6 +3,9 @@
 It is apart from the normalization, in place and never differentiated, so that CUDA graphs,
 functionalization and `torch.func` see one plain mutation. The count of batches, the cumulative
 average's factor and the check for finite statistics all stay on the device: no synchronization.
+
+`stats` is (3, C): mean, biased variance and number of values. A channel without values is left as
+it is, and a batch that has values in none is not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
 from ._library import define
 
 
@@ -20,23 +22,21 @@ def _update_fallback(
     num_batches_tracked: Tensor | None,
     skipped_updates: Tensor | None,
     stats: Tensor,
-    count: int,
     momentum: float | None,
     unbiased: bool,
 ) -> None:
-    if count == 0:
-        return
-    mean, var = stats.unbind()
+    mean, var, count = stats.unbind()
+    has_values = count > 0
     if unbiased:
-        var = reference.unbiased(var, count) if count > 1 else var / 0.0
+        var = var * (count / (count - 1))
     pairs = [(r, b) for r, b in ((running_mean, mean), (running_var, var)) if r is not None]
-    sound = torch.ones_like(mean, dtype=torch.bool)
+    sound = has_values
     for running, batch in pairs:
-        sound &= batch.to(running.dtype).isfinite()
+        sound = sound & batch.to(running.dtype).isfinite()
     if num_batches_tracked is not None:
-        num_batches_tracked += 1
+        num_batches_tracked += has_values.any()
     if skipped_updates is not None:
-        skipped_updates += ~sound
+        skipped_updates += has_values & ~sound
     factor: float | Tensor
     if momentum is None:
         assert num_batches_tracked is not None  # functional.batch_norm refuses this
@@ -55,7 +55,6 @@ def _update_fake(
     num_batches_tracked: Tensor | None,
     skipped_updates: Tensor | None,
     stats: Tensor,
-    count: int,
     momentum: float | None,
     unbiased: bool,
 ) -> None:
@@ -64,8 +63,8 @@ def _update_fake(
 
 update = define(
     "update_running_stats_(Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_updates, Tensor stats, SymInt count, "
-    "float? momentum, bool unbiased) -> ()",
+    "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_updates, Tensor stats, float? momentum, "
+    "bool unbiased) -> ()",
     fallback=_update_fallback,
     fake=_update_fake,
 )
@@ -80,3 +79,8 @@ def mark_changed(running_mean: Tensor | None, running_var: Tensor | None) -> Non
         for buffer in (running_mean, running_var):
             if buffer is not None and not buffer.is_inference():
                 torch._C._increment_version((buffer,))
+
+
+def is_recomputation() -> bool:
+    """Whether this forward runs inside a backward: an activation checkpoint's second one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -46,7 +46,8 @@ def errors(
     """For each contender the largest |output - exact| at `RATIOS`: "1", "1e+03" and "1e+05".
 
     Infinity where the result is not finite and the exact one is; None where the dtype cannot hold
-    the inputs. Every contender gets the same numbers, on about `limit` elements.
+    the inputs. Every contender gets the same numbers, on about `limit` elements. The first one's
+    parameters are those that the exact result is made with.
     """
     fewest = case.shape.options.get("num_groups", _FEWEST_CHANNELS)
     size = sample_size(case.shape.size, limit, fewest)
@@ -57,7 +58,7 @@ def errors(
         key = "1" if ratio == 1 else f"{ratio:.0e}"
         inputs = make_inputs(case, torch.Generator().manual_seed(int(ratio)), mean=ratio)
         finite = all(tensor.isfinite().all() for tensor in inputs)
-        exact = None
+        exact: tuple[Tensor, ...] = ()
         for name, module in modules.items():
             found[name][key] = None
             if not finite:
@@ -65,11 +66,23 @@ def errors(
             with torch.no_grad():
                 if case.mode == "evaluation":
                     operator.fit(module.eval(), inputs[0])
-                if exact is None:  # fresh modules of one composition hold the same parameters
-                    exact = operator.exact(module, inputs)
-                largest = (module(*inputs).double() - exact).abs().max().item()
-            found[name][key] = largest if math.isfinite(largest) else math.inf
+                if not exact:  # fresh modules of one composition hold the same parameters
+                    exact = _as_tuple(operator.exact(module, inputs))
+                found[name][key] = _largest_error(_as_tuple(module(*inputs)), exact)
     return found
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+
+def _largest_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Of all outputs; a NaN must not hide behind another output's number."""
+    errors = [
+        (output.double() - right).abs().max().item()
+        for output, right in zip(outputs, exact, strict=True)
+    ]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def make_inputs(case: Case, generator: torch.Generator, mean: float = 0.0) -> list[Tensor]:

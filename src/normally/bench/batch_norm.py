@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .. import nn as ours_nn
 from .. import reference
+from .floor import BACKWARD, FORWARD, sweeps
 from .operator import Case, Operator, Target
+from .torch_block import compose, parts
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "hardswish": nn.Hardswish,
-}
 # By the input's rank.
 _OURS = {
     2: ours_nn.BatchNorm1d,
@@ -26,28 +22,11 @@ _OURS = {
 _THEIRS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-class TorchBlock(nn.Module):
-    """Norm, sum and activation one after the other, as in torchvision's residual blocks."""
-
-    def __init__(self, norm: nn.Module, act: nn.Module | None) -> None:
-        super().__init__()
-        self.norm = norm
-        self.act = act
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(norm(input) + residual)."""
-        output: Tensor = self.norm(input)
-        if residual is not None:
-            output = output + residual
-        if self.act is not None:
-            output = self.act(output)
-        return output
-
-
 class BatchNorm(Operator):
     """Ours against torch.nn.BatchNorm1d, 2d and 3d."""
 
     name = "batch_norm"
+    abbreviation = "BN"
     targets = (
         Target("shapes 1-7", 3.0, (1, 2, 3, 4, 5, 6, 7)),
         Target("shapes 1-7, contiguous", 4.0, (1, 2, 3, 4, 5, 6, 7), ("contiguous",)),
@@ -57,19 +36,16 @@ class BatchNorm(Operator):
     def ours(self, case: Case) -> nn.Module:
         """One fused layer."""
         size = case.shape.size
-        return _OURS[len(size)](size[1], act=case.act, dtype=_parameter_dtype(case))
+        return _OURS[len(size)](size[1], act=case.act, dtype=case.parameter_dtype)
 
     def theirs(self, case: Case) -> nn.Module:
         """The norm of torch, its sum and its activation, none of them in place."""
         size = case.shape.size
-        norm = _THEIRS[len(size)](size[1], dtype=_parameter_dtype(case))
-        if not case.fused:
-            return norm
-        return TorchBlock(norm, _ACTIVATIONS[case.act]() if case.act else None)
+        return compose(_THEIRS[len(size)](size[1], dtype=case.parameter_dtype), case)
 
     def exact(self, module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
         """The formula in float64, on the inputs as they were rounded."""
-        norm, act = _norm_and_activation(module)
+        norm, act = _batch_norm(module), parts(module)[1]
         mean, var = (None, None) if module.training else (norm.running_mean, norm.running_var)
         return reference.batch_norm(
             inputs[0].double(), mean, var, norm.weight, norm.bias, norm.eps,
@@ -78,7 +54,7 @@ class BatchNorm(Operator):
 
     def fit(self, module: nn.Module, input: Tensor) -> None:
         """Running statistics are those of `input`, rounded to the buffers' dtype."""
-        norm, _ = _norm_and_activation(module)
+        norm = _batch_norm(module)
         dims = [d for d in range(input.dim()) if d != 1]
         mean, var = reference.moments(input.double(), dims)
         assert norm.running_mean is not None
@@ -98,26 +74,15 @@ class BatchNorm(Operator):
         residual = 1 if case.has_residual else 0
         if case.mode == "evaluation":
             return (2 + residual) * case.tensor_bytes
-        forward = ((2 if fits else 3) + residual) * case.tensor_bytes
+        forward = (sweeps(FORWARD, fits) + residual) * case.tensor_bytes
         if case.mode == "forward":
             return forward
-        backward = ((3 if fits else 5) + residual) * case.tensor_bytes
+        backward = (sweeps(BACKWARD, fits) + residual) * case.tensor_bytes
         mask = elements // 8 if case.has_residual and case.act else 0
         return forward + backward + mask
 
 
-def _parameter_dtype(case: Case) -> torch.dtype:
-    # Autocast gives half inputs to float32 layers; float64 layers are float64 throughout.
-    return torch.float64 if case.dtype == "float64" else torch.float32
-
-
-def _norm_and_activation(
-    module: nn.Module,
-) -> tuple[nn.modules.batchnorm._BatchNorm, str | None]:
-    """The layer with the parameters, and the name of the activation behind it."""
-    act = getattr(module, "act", None)
-    if isinstance(act, nn.Module):
-        act = next(name for name, kind in _ACTIVATIONS.items() if isinstance(act, kind))
-    norm = module.norm if isinstance(module, TorchBlock) else module
+def _batch_norm(module: nn.Module) -> nn.modules.batchnorm._BatchNorm:
+    norm, _ = parts(module)
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    return norm, act
+    return norm

@@ -13,15 +13,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import environment
 from . import page, table
+from .add_rms_norm import AddRMSNorm
 from .batch_norm import BatchNorm
+from .contender import Contender
+from .group_norm import GroupNorm
+from .instance_norm import InstanceNorm
+from .layer_norm import LayerNorm
 from .measure import BUDGETS, Budget
 from .operator import DTYPES, LAYOUTS, MODES, Case, Operator
 from .results import Results
+from .rms_norm import RMSNorm
 from .session import Session
 from .shapes import select
+from .with_flax import Flax
+from .with_onednn import OneDNN
 
+_KINDS = (BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm, AddRMSNorm)
 #: What can be measured, by name.
-OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (BatchNorm(),)}
+OPERATORS: dict[str, Operator] = {kind.name: kind() for kind in _KINDS}
+#: What can be measured beside ours and torch's, by what `also` takes.
+OTHERS: dict[str, Contender] = {other.name.lower(): other for other in (Flax(), OneDNN())}
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -37,6 +48,7 @@ def run(
     json_path: str | os.PathLike[str] | None = None,
     html_path: str | os.PathLike[str] | None = None,
     compile: bool = False,
+    also: Sequence[str] = (),
 ) -> int:
     """Measure, print a table, and write what was asked for; Ctrl-C keeps what was measured.
 
@@ -46,22 +58,24 @@ def run(
         dtypes: of "float32", "bfloat16", "float16" and "float64".
         layouts: of "contiguous" and "channels_last".
         threads: one number or several; None is what torch uses, and 1 as well in a full run.
-        budget: "quick" (about two minutes), "full" (about ten) or a `Budget`.
+        budget: "quick" (minutes), "full" (about ten minutes a number of threads) or a `Budget`.
         json_path: where the JSON goes, if anywhere.
         html_path: where the page goes, if anywhere.
         compile: measure torch.compile of torch's composition too.
+        also: of "flax" (the extra [bench]) and "onednn", in the cases that they have.
 
     Returns:
         0; 1 where something that was to be measured raised; 130 after Ctrl-C.
 
     Raises:
-        ValueError: for a name or number that does not exist.
+        ValueError: for a name or number that does not exist, or what is not installed.
     """
     chosen = [OPERATORS[name] for name in _known("operators", operators or OPERATORS, OPERATORS)]
     dtypes = _known("dtypes", dtypes, DTYPES)
     layouts = _known("layouts", layouts, LAYOUTS)
     if isinstance(budget, str):
         budget = BUDGETS[_known("budget", [budget], BUDGETS)[0]]
+    others = {name: OTHERS[name] for name in _known("also", also, OTHERS)}
     counts = _thread_counts(threads, budget)
     plan = [
         (operator, group)
@@ -83,10 +97,13 @@ def run(
             "threads": list(counts),
             "budget": budget.name,
             "compile": compile,
+            "also": list(others),
         },
+        others={other.name: other.describe() for other in others.values()},
     )
     try:
-        _measure(Session(results, budget, counts, compile), plan)
+        session = Session(results, budget, counts, compile, list(others.values()))
+        _measure(session, plan)
         results.complete = True
     except KeyboardInterrupt:
         pass

@@ -62,8 +62,12 @@ class Spread:
         return cls(median, low, high)
 
 
-def make_step(module: nn.Module, inputs: Sequence[Tensor], mode: str, grad: Tensor) -> Step:
+def make_step(
+    module: nn.Module, inputs: Sequence[Tensor], mode: str, grads: Sequence[Tensor]
+) -> Step:
     """One training or inference step that creates its outputs anew and drops them.
+
+    `grads` has one gradient for each output.
 
     The backward asks for its gradients by `torch.autograd.grad`: nothing accumulates between
     steps, and a residual that receives the output's own gradient is not copied into `.grad`,
@@ -72,7 +76,7 @@ def make_step(module: nn.Module, inputs: Sequence[Tensor], mode: str, grad: Tens
     if mode != "forward_backward":
         return lambda: module(*inputs)
     wanted = [t for t in (*inputs, *module.parameters()) if t.requires_grad]
-    return lambda: torch.autograd.grad(module(*inputs), wanted, grad)
+    return lambda: torch.autograd.grad(module(*inputs), wanted, grads)
 
 
 def time_sample(step: Step, calls: int) -> float:

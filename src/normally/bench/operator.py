@@ -28,13 +28,13 @@ class Case:
     shape: Shape
     layout: str
     dtype: str
-    fused: bool  # with the shape's activation and residual, or the norm alone
+    fused: bool  # as in its network, with what the shape has of activation and residual
     mode: str = "forward"
     threads: int = 1
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of input, residual and output; parameters are float32 for half inputs."""
+        """The dtype of input, residual and outputs."""
         dtype: torch.dtype = DTYPES[self.dtype]
         return dtype
 
@@ -47,6 +47,11 @@ class Case:
     def act(self) -> str | None:
         """The activation of this case."""
         return self.shape.act if self.fused else None
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """float32 for half inputs, as under autocast; float64 layers are float64 throughout."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property
     def tensor_bytes(self) -> int:
@@ -63,7 +68,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """A speed-up to reach, as a geometric mean over some shapes in forward+backward, fused."""
+    """A speed-up to reach: the geometric mean over some shapes, as in their networks.
+
+    It is of forward+backward, in one dtype.
+    """
 
     label: str
     goal: float
@@ -76,7 +84,9 @@ class Operator(ABC):
     """A normalization under test: how to build ours, theirs and the exact result."""
 
     name: str
+    abbreviation: str  # where there is little room, as in "BN+relu"
     targets: tuple[Target, ...] = ()
+    outputs: int = 1  # tensors that a module returns; more than one as a tuple
 
     @abstractmethod
     def ours(self, case: Case) -> nn.Module:
@@ -87,7 +97,7 @@ class Operator(ABC):
         """The same composition as people write it with torch."""
 
     @abstractmethod
-    def exact(self, module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    def exact(self, module: nn.Module, inputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
         """The float64 result for `module`'s parameters, buffers and training flag."""
 
     @abstractmethod
@@ -101,6 +111,10 @@ class Operator(ABC):
         """The layouts that the shape exists in."""
         return LAYOUTS if len(shape.size) in (4, 5) else LAYOUTS[:1]
 
+    def variants(self, shape: Shape) -> tuple[bool, ...]:
+        """The values of `Case.fused`: whole, and the norm alone where something can be left out."""
+        return (True, False) if shape.fusion else (True,)
+
     def groups(
         self, shapes: Sequence[Shape], dtypes: Sequence[str], layouts: Sequence[str]
     ) -> Iterator[list[Case]]:
@@ -109,14 +123,13 @@ class Operator(ABC):
             for layout in self.layouts(shape):
                 for dtype in dtypes:
                     if layout in layouts:
-                        variants = (True, False) if shape.fusion else (False,)
-                        yield [Case(shape, layout, dtype, fused) for fused in variants]
+                        yield [Case(shape, layout, dtype, f) for f in self.variants(shape)]
 
     def count(self, target: Target) -> int:
         """How many cases the target is a mean over."""
         return sum(
             layout in target.layouts
             for shape in select(self.name)
-            if shape.number in target.numbers and shape.fusion
+            if shape.number in target.numbers
             for layout in self.layouts(shape)
         )

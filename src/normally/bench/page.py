@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .. import report
-from . import summary, table
+from . import plots, summary, table
 from .operator import LAYOUTS, MODES, Operator
-from .results import COMPILED, OURS, TORCH, Record, Results
+from .results import TORCH, Record, Results
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
-
-_COLORS = {"contiguous": report.BLUE, "channels_last": report.VERMILLION}
 _MODES = {
     "forward": "Forward",
     "forward_backward": "Forward + backward",
@@ -37,7 +30,8 @@ def build(results: Results, operators: Sequence[Operator]) -> report.Page:
     worse = summary.slower(compared)
     cards = [
         report.Card(
-            label=f"{operator.name}, {mean.target.label}, {table.threads_text(mean.threads)}",
+            label=f"{operator.name}, {mean.target.label}, {mean.target.dtype}, "
+            f"{table.threads_text(mean.threads)}",
             value="-" if mean.value is None else f"{mean.value:.2f}×",
             note=f"target {mean.target.goal}×; {mean.measured} of {mean.expected} cases",
             tone="good" if mean.reached else "bad",
@@ -86,7 +80,7 @@ def _verdicts(results: Results, operators: Sequence[Operator]) -> report.Section
     means = [(o, mean) for o in operators for mean in summary.means(o, results)]
     if means:
         content.append(report.Items([table.mean_line(o, mean) for o, mean in means]))
-    for other in (TORCH, COMPILED):
+    for other in results.compared:
         if worse := summary.slower(results.records, other):
             rows = [
                 [_case(r), f"{ratio.median:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}"]
@@ -114,11 +108,13 @@ def _plots(
     results: Results, operator: str, threads: int, records: Sequence[Record]
 ) -> report.Section:
     dtypes = list(dict.fromkeys(r.dtype for r in records))
-    keys = [report.Key(layout, _COLORS[layout]) for layout in LAYOUTS]
+    keys = [report.Key(layout, plots.COLORS[layout]) for layout in LAYOUTS]
     figures: list[str | report.Figure] = []
     for mode in MODES:
         chosen = [r for r in records if r.mode == mode]
-        panels = [_speedups([r for r in chosen if r.dtype == dtype], dtype) for dtype in dtypes]
+        panels = [
+            plots.speedups([r for r in chosen if r.dtype == dtype], dtype) for dtype in dtypes
+        ]
         figures.append(
             report.Figure(
                 f"{operator}-{threads}-speedup-{mode.replace('_', '-')}",
@@ -131,7 +127,7 @@ def _plots(
             )
         )
         panels = [
-            _floors(results, [r for r in chosen if r.dtype == dtype and r.fused], dtype)
+            plots.floors(results, [r for r in chosen if r.dtype == dtype and r.fused], dtype)
             for dtype in dtypes
         ]
         figures.append(
@@ -139,8 +135,8 @@ def _plots(
                 f"{operator}-{threads}-floor-{mode.replace('_', '-')}",
                 panels,
                 f"**{_MODES[mode]}**: time over the time of the floor's bytes at cold-copy speed, "
-                "fused. Dots: normally; crosses: torch. Below 1 tensors stay in cache, or the copy "
-                "was disturbed: see its quartiles at the end.",
+                "as in the networks. Dots: normally; crosses: torch. Below 1 a tensor was cached, "
+                "or the copy was disturbed: see its quartiles at the end.",
                 keys,
                 columns=2,
             )
@@ -148,104 +144,10 @@ def _plots(
     return report.Section(f"{operator}, {table.threads_text(threads)}", figures)
 
 
-def _rows(records: Sequence[Record]) -> dict[str, int]:
-    """A height for each shape, the first on top."""
-    titles = list(dict.fromkeys(_shape(r) for r in records))
-    return {title: len(titles) - 1 - index for index, title in enumerate(titles)}
-
-
-def _shape(record: Record) -> str:
-    return f"{record.label}  {'×'.join(map(str, record.size))}"
-
-
-def _offset(record: Record) -> float:
-    """Keep a shape's marks apart: layouts above each other, the norm alone below its fusion."""
-    layout = 0.2 if record.layout == LAYOUTS[0] else -0.2
-    return layout + (0.08 if record.fused else -0.08)
-
-
-def _speedups(records: Sequence[Record], dtype: str) -> Canvas:
-    rows = _rows(records)
-    with report.style():
-        canvas, axes = report.panel(
-            "times faster than torch", "", dtype, width=5.2, height=1.1 + 0.42 * len(rows)
-        )
-        axes.set_xscale("log")
-        axes.axvline(1.0, color=report.GREY, linewidth=1.5)
-        for record in records:
-            ratio = record.speedup.get(TORCH)
-            if ratio is None:
-                continue
-            color = _COLORS[record.layout]
-            axes.errorbar(
-                ratio.median,
-                rows[_shape(record)] + _offset(record),
-                xerr=[[ratio.median - ratio.low], [ratio.high - ratio.median]],
-                color=color,
-                marker="o",
-                markersize=5,
-                markerfacecolor=color if record.fused else "none",
-                linewidth=1.0,
-            )
-        _finish(axes, rows)
-    return canvas
-
-
-def _floors(results: Results, records: Sequence[Record], dtype: str) -> Canvas:
-    rows = _rows(records)
-    with report.style():
-        canvas, axes = report.panel(
-            "times the floor", "", dtype, width=5.2, height=1.1 + 0.42 * len(rows)
-        )
-        axes.set_xscale("log")
-        axes.axvline(1.0, color=report.GREY, linewidth=1.5)
-        for record in records:
-            height = rows[_shape(record)] + _offset(record)
-            for name, marker in ((OURS, "o"), (TORCH, "x")):
-                if name in record.timings:
-                    axes.plot(
-                        results.over_floor(record, name),
-                        height,
-                        color=_COLORS[record.layout],
-                        marker=marker,
-                        markersize=5,
-                    )
-        _finish(axes, rows)
-    return canvas
-
-
-def _finish(axes: Axes, rows: dict[str, int]) -> None:
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-
-    axes.set_yticks(list(rows.values()), list(rows))
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.8), max(high, 1.25))
-    shown = _ticks(*axes.get_xlim())
-    axes.xaxis.set_major_locator(FixedLocator(shown))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticklabels([f"{tick:g}×" for tick in shown])
-    axes.grid(axis="y", visible=False)
-
-
-def _ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Powers of two from `low` to `high` that include 1, spread until there are few enough.
-
-    >>> _ticks(0.4, 9.0)
-    [0.5, 1.0, 2.0, 4.0, 8.0]
-    >>> _ticks(0.2, 1000.0)
-    [0.25, 1.0, 4.0, 16.0, 64.0, 256.0]
-    """
-    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-    step = -(-len(powers) // most)
-    return [2.0**power for power in powers if power % step == 0]
-
-
 def _numbers(results: Results) -> report.Section:
     heads = ["case", *table.columns(results, wide=True)]
     rows = [
-        [f"{record.operator} {_case(record)}", *cells]
+        [_case(record), *cells]
         for record in results.records
         for cells in [table.cells(results, record, wide=True)]
     ]

@@ -54,8 +54,13 @@ class Record:
     def title(self) -> str:
         """The case in words, apart from its threads."""
         size = "×".join(map(str, self.size))
-        fusion = ("+add" if self.residual else "") + (f"+{self.act}" if self.act else "")
-        return f"{self.label} {size} {self.layout} {self.dtype} {self.mode}{fusion}"
+        case = f"{self.label} {size} {self.layout} {self.dtype} {self.mode}{self.fusion}"
+        return f"{self.operator} {case}"
+
+    @property
+    def fusion(self) -> str:
+        """What is fused into the norm, as in "+add+relu"; empty for nothing."""
+        return ("+add" if self.residual else "") + (f"+{self.act}" if self.act else "")
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,12 @@ class Results:
     complete: bool = False
     copy: list[CopySpeed] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)  # contender to version and threads
+
+    @property
+    def compared(self) -> list[str]:
+        """The contenders beside ours that any case has, torch first."""
+        return list(dict.fromkeys(name for record in self.records for name in record.speedup))
 
     def floor_seconds(self, record: Record) -> float:
         """The time that the record's floor takes at the run's cold-copy speed."""

@@ -64,13 +64,16 @@ def slower(records: Iterable[Record], other: str = TORCH) -> list[Record]:
     return sorted(found, key=lambda record: record.speedup[other].median)
 
 
+def has_floor_goal(record: Record) -> bool:
+    """Whether the floor is a goal for the record: large and float32."""
+    return record.tensor_bytes >= STREAMED_BYTES and record.dtype == "float32"
+
+
 def far_from_floor(results: Results) -> list[tuple[Record, float, float]]:
     """(record, times the floor, goal) of the large float32 cases of ours that miss the goal."""
     found = []
     for record in results.records:
-        if record.tensor_bytes < STREAMED_BYTES or record.dtype != "float32":
-            continue
-        if OURS in record.timings:
+        if has_floor_goal(record) and OURS in record.timings:
             times, goal = results.over_floor(record, OURS), FLOOR_GOALS[record.mode]
             if times > goal:
                 found.append((record, times, goal))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -32,7 +32,7 @@ def show(results: Results, operators: Sequence[Operator], out: Console) -> None:
     """Machine, table and verdicts."""
     out.print(*machine_lines(results), sep="\n")
     wide = out.width >= _FULL_WIDTH
-    for key in sorted({(r.operator, r.threads) for r in results.records}):
+    for key in dict.fromkeys((r.operator, r.threads) for r in results.records):
         records = [r for r in results.records if (r.operator, r.threads) == key]
         out.print(_table(results, records, f"{key[0]}, {threads_text(key[1])}", wide))
     out.print(_LEGEND, style="dim", markup=False)
@@ -45,7 +45,7 @@ _LEGEND = (
     "ours: normally · ms: median of the rounds · speed-up: median of the rounds' ratios torch/ours "
     "[quartiles] · ×floor: time over the floor's bytes at cold-copy speed (below 1 for what stays "
     "in cache) · error: largest |output - float64| at mean/std 1, 1e3, 1e5 · saved: MiB kept for "
-    "backward"
+    "backward; other libraries are timed after the rounds of ours and torch, by themselves"
 )
 
 
@@ -65,6 +65,7 @@ def machine_lines(results: Results) -> list[str]:
             f"CAUTION: other programs kept {m['load']:.1f} cores busy when the run began; "
             "ratios of a busy machine mean little"
         )
+    lines += [f"beside torch: {text}" for text in results.others.values()]
     for copy in results.copy:
         speed = copy.bytes_per_second
         lines.append(
@@ -81,12 +82,14 @@ def verdict_lines(results: Results, operators: Sequence[Operator]) -> Iterator[s
     for operator in operators:
         for mean in summary.means(operator, results):
             yield mean_line(operator, mean)
-    for other in (TORCH, COMPILED):
-        compared = [r for r in results.records if other in r.speedup]
+    for other, operator in product(results.compared, operators):
+        own = [r for r in results.records if r.operator == operator.name]
+        compared = [r for r in own if other in r.speedup]
         if not compared:
             continue
         worse = summary.slower(compared, other)
-        yield f"Where {other} is faster: {len(worse)} of {len(compared)} cases"
+        cases = f"{len(worse)} of {len(compared)} cases of {operator.name}"
+        yield f"Where {other} is faster: {cases}"
         for r in worse:
             ratio = r.speedup[other]
             yield (
@@ -94,11 +97,7 @@ def verdict_lines(results: Results, operators: Sequence[Operator]) -> Iterator[s
                 f"{r.title}, {threads_text(r.threads)}"
             )
     far = summary.far_from_floor(results)
-    large = [
-        r
-        for r in results.records
-        if r.tensor_bytes >= summary.STREAMED_BYTES and r.dtype == "float32"
-    ]
+    large = [r for r in results.records if summary.has_floor_goal(r)]
     if large:
         yield f"Above the floor's goal (float32, 16 MB and more): {len(far)} of {len(large)} cases"
     for r, times, goal in far:
@@ -109,7 +108,7 @@ def verdict_lines(results: Results, operators: Sequence[Operator]) -> Iterator[s
 
 def mean_line(operator: Operator, mean: summary.Mean) -> str:
     """One target beside what was reached."""
-    what = f"{operator.name} forward+backward, fused, {mean.target.dtype}, {mean.target.label}"
+    what = f"{operator.name} forward+backward, {mean.target.dtype}, {mean.target.label}"
     if mean.value is None:
         return f"{what}, {threads_text(mean.threads)}: not measured (target {mean.target.goal}×)"
     if mean.measured < mean.expected:
@@ -133,19 +132,23 @@ def threads_text(number: int) -> str:
 
 def columns(results: Results, wide: bool) -> list[str]:
     """The heads after the case's own."""
-    compiled = any(COMPILED in record.timings for record in results.records)
-    heads = ["ours ms", "torch ms", *(["compile ms", "speed-up"] if compiled else [])]
+    heads = ["ours ms", "torch ms"]
+    for other in _others(results):
+        heads += [f"{'compile' if other == COMPILED else other} ms", "speed-up"]
     heads += ["speed-up", "×floor", "torch"]
     return [*heads, "error", "torch", "saved", "torch"] if wide else [*heads, "error", "torch"]
+
+
+def _others(results: Results) -> list[str]:
+    return [name for name in results.compared if name != TORCH]
 
 
 def cells(results: Results, record: Record, wide: bool) -> list[str]:
     """The texts under `columns`."""
     ours, theirs = record.timings.get(OURS), record.timings.get(TORCH)
-    compiled = any(COMPILED in other.timings for other in results.records)
     times = [_ms(ours), _ms(theirs)]
-    if compiled:
-        times += [_ms(record.timings.get(COMPILED)), _ratio(record, COMPILED, wide=False)]
+    for other in _others(results):
+        times += [_ms(record.timings.get(other)), _ratio(record, other, wide=False)]
     floors = [
         f"{results.over_floor(record, name):.3g}" if name in record.timings else "-"
         for name in (OURS, TORCH)
@@ -168,8 +171,7 @@ def _table(results: Results, records: list[Record], title: str, wide: bool) -> T
         for record in group:
             ratio = record.speedup.get(TORCH)
             style = "red" if record.failed or (ratio is not None and ratio.median < 1) else ""
-            fusion = ("+add" if record.residual else "") + (f"+{record.act}" if record.act else "")
-            name = f"  {_NAMES[record.mode]} {fusion}"
+            name = f"  {_NAMES[record.mode]} {record.fusion}"
             table.add_row(name, *cells(results, record, wide), style=style)
     return table
 

@@ -8,11 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class _ArgumentError(ValueError, RuntimeError):
-    """A wrong argument where torch raises RuntimeError: code that catches either keeps working."""
+from ._checks import DTYPES, ArgumentError, check_input, check_of_channels, different_devices
 
 
 class Call(NamedTuple):
@@ -22,6 +18,7 @@ class Call(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
+    mask: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -48,12 +45,7 @@ def checked(call: Call) -> Call:
         raise ValueError(
             f"batch_norm: correction must be 0 or more. Got correction={call.correction}."
         )
-    if x.dtype not in _DTYPES:
-        names = ", ".join(str(dtype) for dtype in _DTYPES)
-        raise TypeError(
-            f"batch_norm: input must be one of {names}. Got input.dtype={x.dtype}; convert it "
-            "first, for example with input.float()."
-        )
+    check_input(x, "batch_norm")
     if x.dim() < 2 and not (x.dim() == 1 and x.numel() == 0):
         raise ValueError(
             f"batch_norm: input must have at least 2 dimensions (N, C, *). Got {x.dim()}D input."
@@ -61,7 +53,7 @@ def checked(call: Call) -> Call:
     if not training:
         for name in ("running_mean", "running_var"):
             if getattr(call, name) is None:
-                raise _ArgumentError(
+                raise ArgumentError(
                     f"batch_norm: {name} must be defined in evaluation mode. Got {name}=None; "
                     "pass training=True to normalize with the batch's own statistics."
                 )
@@ -74,7 +66,7 @@ def checked(call: Call) -> Call:
     for name in ("running_mean", "running_var", "weight", "bias"):
         tensor = getattr(call, name)
         if tensor is not None:
-            _check_parameter(name, tensor, x)
+            check_of_channels(name, tensor, x, "batch_norm")
     if not training:
         return call
     if call.momentum is None and call.num_batches_tracked is None and call.running_mean is not None:
@@ -82,41 +74,17 @@ def checked(call: Call) -> Call:
             "batch_norm: num_batches_tracked must be given when momentum is None: the cumulative "
             "average divides by the number of batches. Got momentum=None, num_batches_tracked=None."
         )
-    count = math.prod(x.shape[:1] + x.shape[2:])
+    if call.mask is None:
+        count = math.prod(x.shape[:1] + x.shape[2:])
+    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return call  # how many are kept is known only when it runs: the kernel asks then
+    else:
+        count = int(call.mask.expand(x[:, :1].shape).sum())
     if count > max(1, call.correction) or count == 0:
         return call
     if call.on_single_value == "running" and None not in (call.running_mean, call.running_var):
         return call._replace(training=False)
     return _refuse_single_value(x, count, call.correction)
-
-
-def _check_parameter(name: str, tensor: Tensor, x: Tensor) -> None:
-    channels = x.shape[1]
-    if tensor.dim() != 1 or tensor.shape[0] != channels:
-        raise _ArgumentError(
-            f"batch_norm: {name} should contain {channels} elements not {tensor.numel()}: one a "
-            f"channel of the input. Got input of shape {tuple(x.shape)}, "
-            f"{name} of shape {tuple(tensor.shape)}."
-        )
-    if tensor.device != x.device:
-        raise _different_devices(name, tensor, x)
-    is_half = x.dtype is torch.bfloat16 or x.dtype is torch.float16
-    if tensor.dtype is x.dtype or (is_half and tensor.dtype is torch.float32):
-        return
-    if name.startswith("running") and tensor.dtype in _DTYPES:
-        return  # buffers may be kept in any of them
-    allowed = f"{x.dtype} or torch.float32" if is_half else f"{x.dtype}"
-    raise TypeError(
-        f"batch_norm: {name} must be {allowed} for an input of {x.dtype}. "
-        f"Got {name}.dtype={tensor.dtype}; convert the module or the input with .to(dtype)."
-    )
-
-
-def _different_devices(name: str, tensor: Tensor, x: Tensor) -> Exception:
-    return _ArgumentError(
-        f"batch_norm: Expected all tensors to be on the same device. Got input on {x.device}, "
-        f"{name} on {tensor.device}; move the module or the input with .to(device)."
-    )
 
 
 def is_other_dim(channel_dim: int, input: Tensor) -> bool:
@@ -132,12 +100,12 @@ def is_other_dim(channel_dim: int, input: Tensor) -> bool:
 
 def prepare_residual(residual: Tensor, input: Tensor) -> Tensor:
     """The residual in the input's shape, checked."""
-    if residual.dtype not in _DTYPES:
+    if residual.dtype not in DTYPES:
         raise TypeError(
             f"batch_norm: residual must be floating point. Got residual.dtype={residual.dtype}."
         )
     if residual.device != input.device:
-        raise _different_devices("residual", residual, input)
+        raise different_devices("residual", residual, input, "batch_norm")
     if residual.shape == input.shape:
         return residual
     try:

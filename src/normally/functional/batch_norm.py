@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,6 +11,7 @@ from .._ops import activation, running_stats
 from .._ops import batch_norm as ops
 from .._ops.batch_norm_transforms import TransformableBatchNorm
 from ._batch_norm_checks import Call, checked, is_other_dim, prepare_residual, refuse_reserved
+from ._masks import prepare_mask
 
 
 def batch_norm(
@@ -71,8 +70,9 @@ def batch_norm(
             "gelu", "gelu_tanh", "hardswish", "hardsigmoid", "sigmoid" or "tanh".
         act_param: the slope of "leaky_relu" below 0 (0.01) or alpha of "elu" (1.0).
         residual: added before the activation; broadcastable to the input.
-        mask: not implemented yet.
-        lengths: not implemented yet.
+        mask: bool, True where a position counts: `(N, *)`, or with a size of 1 at the channel. The
+            others enter no statistic, whatever they hold, and come out 0 with gradient 0.
+        lengths: `(N,)` integers, the mask of a sequence: positions below the length count.
         channel_dim: the dimension of C; -1 for `(N, L, C)`.
         unbiased: store the unbiased variance in `running_var` (torch) or the biased (Keras, Flax).
         correction: what the normalizing variance is divided by is m - correction; 1 is tiny-dnn's.
@@ -101,8 +101,8 @@ def batch_norm(
     tensor([[0.7628, 1.7499],
             [2.6697, 6.1247]])
     """
-    if mask is not None or lengths is not None or group is not None or memory_efficient:
-        refuse_reserved(mask=mask, lengths=lengths, group=group, memory_efficient=memory_efficient)
+    if group is not None or memory_efficient:
+        refuse_reserved(group=group, memory_efficient=memory_efficient)
     if act is None and act_param is None:
         fused = (0, 0.0)
     else:
@@ -111,6 +111,10 @@ def batch_norm(
     moved = channel_dim != 1 and is_other_dim(channel_dim, input)
     if moved:
         x = input.movedim(channel_dim, 1)
+    if mask is not None or lengths is not None:
+        mask = prepare_mask(input, mask, lengths, channel_dim, "batch_norm")
+        if moved:
+            mask = mask.movedim(channel_dim, 1)
     added = None
     if residual is not None:
         residual = prepare_residual(residual, input)
@@ -118,10 +122,10 @@ def batch_norm(
             residual = residual.movedim(channel_dim, 1)
         if residual.dtype != x.dtype:
             # The sum has the promoted dtype, as in torch; only then the activation.
-            added, residual, fused = residual, None, (0, 0.0)
+            added, residual, fused = reference.hide(residual, mask), None, (0, 0.0)
 
     call = Call(
-        x, weight, bias, residual, running_mean, running_var, num_batches_tracked, skipped_updates,
+        x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked, skipped_updates,
         training, momentum, unbiased, eps, correction, on_single_value, *fused,
     )  # fmt: skip
     if _is_plain(call):
@@ -163,7 +167,7 @@ def _is_plain(call: Call) -> bool:
         and (call.eps > 0 or (call.eps == 0 and not call.training))
         and call.correction >= 0
         and call.on_single_value in ("error", "running")
-        and all(t is None or t.is_cpu for t in call[:8])
+        and all(t is None or t.is_cpu for t in call[:9])
     )
 
 
@@ -180,19 +184,22 @@ def _differentiates(call: Call) -> bool:
 def _run_eagerly(call: Call) -> Tensor:
     """One operator call, and one autograd node where a gradient is wanted."""
     differentiates = _differentiates(call)
-    save_mask = (
-        differentiates and call.residual is not None and call.act in activation.PIECEWISE_CONSTANT
+    save_bits = (
+        differentiates
+        and call.residual is not None
+        and call.mask is None
+        and call.act in activation.PIECEWISE_CONSTANT
     )
     config = (call.eps, call.correction, call.act, call.act_param)
-    tensors = call[:4]
+    tensors = call[:5]
     arguments: tuple[object, ...]
     if not call.training:
         operator = ops.forward
-        arguments = (call.running_mean, call.running_var, *config, save_mask)
+        arguments = (call.running_mean, call.running_var, *config, save_bits)
     else:
-        buffers = (None,) * 4 if _is_recomputation() else call[4:8]
+        buffers = (None,) * 4 if running_stats.is_recomputation() else call[5:9]
         operator = ops.forward_and_update
-        arguments = (*buffers, call.momentum, call.unbiased, *config, save_mask)
+        arguments = (*buffers, call.momentum, call.unbiased, *config, save_bits)
     if differentiates:
         output = ops.EagerBatchNorm.apply(*tensors, operator, arguments, (call.training, *config))
     else:
@@ -210,26 +217,20 @@ def _run(call: Call) -> Tensor:
         return x.clone()  # torch takes an empty vector, too
     mean, var = (None, None) if call.training else (call.running_mean, call.running_var)
     output: Tensor
-    arguments = (*call[:4], mean, var, call.eps, call.correction, call.act, call.act_param, False)
+    arguments = (*call[:5], mean, var, call.eps, call.correction, call.act, call.act_param, False)
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         output, stats, _ = ops.forward(*arguments)
     elif forward_ad._current_level >= 0:
         # Operators have no forward-mode formula; the plain expression does.
         output = reference.batch_norm(
-            x, mean, var, call.weight, call.bias, call.eps, residual=call.residual,
+            x, mean, var, call.weight, call.bias, call.eps, residual=call.residual, mask=call.mask,
             correction=call.correction, **activation.decode(call.act, call.act_param),
         )  # fmt: skip
-        stats = ops.batch_statistics(x.detach()) if call.training else None
+        stats = ops.batch_statistics(x.detach(), call.mask) if call.training else None
     else:
         output, stats, _ = TransformableBatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     tracks = call.running_mean is not None or call.running_var is not None
-    if call.training and tracks and not _is_recomputation():
-        count = math.prod(x.shape[:1] + x.shape[2:])
-        running_stats.update(*call[4:8], stats, count, call.momentum, call.unbiased)
+    if call.training and tracks and not running_stats.is_recomputation():
+        running_stats.update(*call[5:9], stats, call.momentum, call.unbiased)
         running_stats.mark_changed(call.running_mean, call.running_var)
     return output
-
-
-def _is_recomputation() -> bool:
-    """Whether this forward runs inside a backward: an activation checkpoint's second one."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

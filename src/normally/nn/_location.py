@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import Tensor
 
 
 def path_of(layer: torch.nn.Module) -> str | None:
@@ -33,3 +34,10 @@ def located(error: Exception, layer: torch.nn.Module) -> Exception:
     path = path_of(layer)
     where = f"{type(layer).__name__} at {path}" if path else type(layer).__name__
     return type(error)(f"{error} [in {where}]")
+
+
+def dims_error(expected: str, input: Tensor) -> ValueError:
+    """Another number of dimensions than a layer takes, in torch's words."""
+    return ValueError(
+        f"expected {expected} input (got {input.dim()}D input), input size {tuple(input.shape)}"
+    )

@@ -15,7 +15,8 @@ from torch.nn.parameter import UninitializedBuffer
 
 from .. import functional
 from .._ops import activation
-from ._location import located
+from ._location import dims_error, located
+from ._tracing import traced
 
 _ON_SINGLE_VALUE = ("error", "running")
 
@@ -138,7 +139,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """act(bn(input) + residual); see `normally.functional.batch_norm`."""
         if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
-            return _traced(self, input, residual=residual, mask=mask, lengths=lengths)
+            return traced(self, input, residual=residual, mask=mask, lengths=lengths)
         try:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
             training = self.training
@@ -195,18 +196,6 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _traced(layer: torch.nn.Module, input: Any, **options: Any) -> Any:
-    tracer = input.tracer
-    path = tracer.path_of_module(layer)
-    if not path:
-        raise torch.fx.proxy.TraceError(
-            f"{type(layer).__name__} is a leaf of symbolic tracing and cannot be its root; "
-            "trace a module that contains it."
-        )
-    given = {name: value for name, value in options.items() if value is not None}
-    return tracer.create_proxy("call_module", path, (input,), given)
-
-
 def _warn_of_half_statistics() -> None:
     if not torch.compiler.is_compiling():
         warnings.warn(
@@ -216,12 +205,6 @@ def _warn_of_half_statistics() -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _dims_error(expected: str, input: Tensor) -> ValueError:
-    return ValueError(
-        f"expected {expected} input (got {input.dim()}D input), input size {tuple(input.shape)}"
-    )
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -259,7 +242,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 2 and input.dim() != 3:
-            raise _dims_error("2D or 3D", input)
+            raise dims_error("2D or 3D", input)
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
@@ -274,7 +257,7 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 4:
-            raise _dims_error("4D", input)
+            raise dims_error("4D", input)
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
@@ -286,4 +269,4 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 5:
-            raise _dims_error("5D", input)
+            raise dims_error("5D", input)

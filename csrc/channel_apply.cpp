@@ -1,32 +1,13 @@
-// The forward's inner loops once the statistics are known: normalize, add, activate, store.
-//
-// One class an activation; the walks in batch_norm_forward.cpp call them through ForwardKernel and
-// are compiled once a type.
-#pragma once
+#include "channel_apply.h"
 
 #include "activation.h"
-#include "batch_norm.h"
-#include "mask.h"
+#include "bits.h"
 #include "pages.h"
-#include "row_moments.h"
 
 namespace normally {
+namespace {
 
-// What differs between activations; the walks below are compiled once a type.
-template <typename T>
-struct ForwardKernel {
-  using F = Compute<T>;
-  // Values [begin, begin + count) of channels [c, c_end) in outer row `o`; `a` starts at channel c.
-  virtual void channels(int64_t o, int64_t c, int64_t c_end, int64_t begin, int64_t count,
-                        const Affine<F>* a) const = 0;
-  virtual void rows(int64_t width, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
-                    const RowAffine<F>& a) const = 0;
-
- protected:
-  ~ForwardKernel() = default;
-};
-
-template <typename T, typename Act, bool kMask>
+template <typename T, typename Act, bool kBits>
 struct Apply final : ForwardKernel<T> {
   using F = Compute<T>;
   static constexpr int64_t kWidth = kLanes<T>;
@@ -36,16 +17,16 @@ struct Apply final : ForwardKernel<T> {
   explicit Apply(const ForwardCall<T>& forward_call) : call(forward_call) {}
   const F p = static_cast<F>(call.act_param);
   const bool stream =
-      worth_streaming(call.geometry.numel() * static_cast<int64_t>(sizeof(T)), call.training);
+      worth_streaming(call.numel() * static_cast<int64_t>(sizeof(T)), call.training);
 
-  // One vector at element `i` of a row whose mask starts at `mask`; the first `count` lanes.
+  // One vector at element `i` of a row whose bits starts at `bits`; the first `count` lanes.
   template <bool kWhole>
   void vector(Vec<F> hi, Vec<F> scale, Vec<F> offset, const T* x, const T* residual, T* y,
-              uint8_t* mask, int64_t i, int64_t count, bool streams) const {
+              uint8_t* bits, int64_t i, int64_t count, bool streams) const {
     const int lanes = static_cast<int>(count);
     Vec<F> z = ((kWhole ? load(x) : load_first(x, lanes)) - hi) * scale + offset;
     if (residual) z += kWhole ? load(residual) : load_first(residual, lanes);
-    if constexpr (kMask) write_bits<T>(mask, i, to_bits<F>(Act::template passes<F>(z)), count);
+    if constexpr (kBits) write_bits<T>(bits, i, to_bits<F>(Act::template passes<F>(z)), count);
     z = Act::template value<F>(z, p);
     if constexpr (!kWhole) {
       store_first(y, z, lanes);
@@ -65,16 +46,16 @@ struct Apply final : ForwardKernel<T> {
       const T* x = call.x + at;
       const T* residual = call.residual ? call.residual + at : nullptr;
       T* y = call.y + at;
-      uint8_t* mask = kMask ? call.mask + row * mask_row_bytes(g) + begin / 8 : nullptr;
+      uint8_t* bits = kBits ? call.bits + row * bits_row_bytes(g) + begin / 8 : nullptr;
       const bool streams = stream && is_aligned(y);
       int64_t i = 0;
 #pragma GCC unroll 4
       for (; i + kWidth <= count; i += kWidth) {
-        vector<true>(hi, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+        vector<true>(hi, scale, offset, x + i, residual ? residual + i : nullptr, y + i, bits, i,
                      kWidth, streams);
       }
       if (i < count) {
-        vector<false>(hi, scale, offset, x + i, residual ? residual + i : nullptr, y + i, mask, i,
+        vector<false>(hi, scale, offset, x + i, residual ? residual + i : nullptr, y + i, bits, i,
                       count - i, false);
       }
     }
@@ -87,12 +68,12 @@ struct Apply final : ForwardKernel<T> {
     const int64_t step = call.training ? -1 : 1;
     int64_t row = call.training ? row_end - 1 : row_begin;
     for (int64_t n = row_begin; n < row_end; ++n, row += step) {
-      uint8_t* mask = kMask ? call.mask + row * ((width + 7) / 8) : nullptr;
+      uint8_t* bits = kBits ? call.bits + row * ((width + 7) / 8) : nullptr;
 #pragma GCC unroll 4
       for (int64_t j = begin; j + kWidth <= end; j += kWidth) {
         const int64_t at = row * width + j;
         vector<true>(load(&a.hi[j]), load(&a.scale[j]), load(&a.offset[j]), call.x + at,
-                     call.residual ? call.residual + at : nullptr, call.y + at, mask, j, kWidth,
+                     call.residual ? call.residual + at : nullptr, call.y + at, bits, j, kWidth,
                      streams);
       }
     }
@@ -108,19 +89,19 @@ struct Apply final : ForwardKernel<T> {
       scale[k] = load(a.scale.data() + column + k * kWidth);
       offset[k] = load(a.offset.data() + column + k * kWidth);
     }
-    const int64_t mask_row = (width + 7) / 8;
+    const int64_t bits_row = (width + 7) / 8;
     // After statistics backwards, since what they read last is still in the cache; in evaluation
     // forwards, as fresh pages come.
     const int64_t step = call.training ? -1 : 1;
     int64_t row = call.training ? row_end - 1 : row_begin;
     for (int64_t n = row_begin; n < row_end; ++n, row += step) {
       const int64_t at = row * width + column;
-      uint8_t* mask = kMask ? call.mask + row * mask_row : nullptr;
+      uint8_t* bits = kBits ? call.bits + row * bits_row : nullptr;
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const int64_t next = at + k * kWidth;
         vector<kWhole>(hi[k], scale[k], offset[k], call.x + next,
-                       call.residual ? call.residual + next : nullptr, call.y + next, mask,
+                       call.residual ? call.residual + next : nullptr, call.y + next, bits,
                        column + k * kWidth, kWhole ? kWidth : count, streams);
       }
     }
@@ -149,5 +130,28 @@ struct Apply final : ForwardKernel<T> {
     }
   }
 };
+
+}  // namespace
+
+template <typename T>
+std::unique_ptr<ForwardKernel<T>> forward_kernel(const ForwardCall<T>& call) {
+  std::unique_ptr<ForwardKernel<T>> kernel;
+  with_activation(call.act, [&](auto act) {
+    using Act = decltype(act);
+    if constexpr (kPiecewiseConstant<Act>) {
+      if (call.bits) {
+        kernel = std::make_unique<Apply<T, Act, true>>(call);
+        return;
+      }
+    }
+    kernel = std::make_unique<Apply<T, Act, false>>(call);
+  });
+  return kernel;
+}
+
+template std::unique_ptr<ForwardKernel<double>> forward_kernel(const ForwardCall<double>&);
+template std::unique_ptr<ForwardKernel<float>> forward_kernel(const ForwardCall<float>&);
+template std::unique_ptr<ForwardKernel<BFloat16>> forward_kernel(const ForwardCall<BFloat16>&);
+template std::unique_ptr<ForwardKernel<Half>> forward_kernel(const ForwardCall<Half>&);
 
 }  // namespace normally

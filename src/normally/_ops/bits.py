@@ -10,8 +10,8 @@ from torch import Tensor
 MAX_SHORT_ROW = 8
 
 
-def mask_shape(output: Tensor) -> tuple[int, int]:
-    """(rows, bytes a row) of the mask of a dense `output`, following its order in memory.
+def bits_shape(output: Tensor) -> tuple[int, int]:
+    """(rows, bytes a row) of the saved bits of a dense `output`, following its order in memory.
 
     A dense tensor is (outer, C, inner) in memory, `inner` being the stride of the channel.
     """
@@ -21,10 +21,10 @@ def mask_shape(output: Tensor) -> tuple[int, int]:
     return (output.numel() // row if row else 0), (row + 7) // 8
 
 
-def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask as a bool tensor of the shape and strides of `like`, which is dense."""
-    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
-    rows, _ = mask.shape
+def unpack_bits(saved: Tensor, like: Tensor) -> Tensor:
+    """The saved bits as a bool tensor of the shape and strides of `like`, which is dense."""
+    bits = saved.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=saved.device) & 1
+    rows, _ = saved.shape
     row = like.numel() // rows if rows else 0
     flat = bits.flatten(1)[:, :row].flatten().to(torch.bool)
     return flat.as_strided(like.shape, like.stride()) if like.numel() else flat.view(like.shape)

@@ -1,0 +1,65 @@
+// What every norm operator asks of its arguments, and the parameters' values.
+//
+// The texts are short because the functions in Python say it again at length.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "tensors.h"
+
+namespace normally {
+
+// A parameter has `sizes`, and the input's dtype or float32 for a half input.
+inline void check_parameter(const char* op, const char* name, const OptionalTensor& t,
+                            const Tensor& input, std::vector<int64_t> sizes) {
+  if (!t) return;
+  const auto own = t->sizes();
+  STD_TORCH_CHECK(std::equal(own.begin(), own.end(), sizes.begin(), sizes.end()), "normally::", op,
+                  ": ", name, " has a shape that does not go with the input's");
+  const ScalarType dtype = t->scalar_type(), inputs = input.scalar_type();
+  const bool half = inputs == ScalarType::Half || inputs == ScalarType::BFloat16;
+  STD_TORCH_CHECK(dtype == inputs || (half && dtype == ScalarType::Float), "normally::", op, ": ",
+                  name, " has a dtype that does not go with the input's");
+}
+
+inline void check_like(const char* op, const char* name, const OptionalTensor& t,
+                       const Tensor& input) {
+  if (!t) return;
+  const auto own = t->sizes(), wanted = input.sizes();
+  STD_TORCH_CHECK(t->scalar_type() == input.scalar_type() &&
+                      std::equal(own.begin(), own.end(), wanted.begin(), wanted.end()),
+                  "normally::", op, ": ", name, " must have the input's shape and dtype");
+}
+
+// A mask is broadcastable to the input and of size 1 at the dimensions [start, end).
+inline void check_mask(const char* op, const OptionalTensor& mask, const Tensor& input,
+                       int64_t start, int64_t end) {
+  if (!mask) return;
+  bool fits = mask->scalar_type() == ScalarType::Bool && mask->dim() == input.dim();
+  for (int64_t d = 0; fits && d < input.dim(); ++d) {
+    const bool normalized = d >= start && d < end;
+    fits = mask->size(d) == 1 || (!normalized && mask->size(d) == input.size(d));
+  }
+  STD_TORCH_CHECK(fits, "normally::", op,
+                  ": mask must be bool, of the input's shape without what "
+                  "is normalized");
+}
+
+// A parameter's values, and null where there is none.
+template <typename F>
+struct Values {
+  std::vector<F> values;
+  bool present;
+  explicit Values(const OptionalTensor& t) : present(t.has_value()) {
+    if (t) values = values_of<F>(t->dim() > 1 ? torch::stable::contiguous(*t) : *t);
+  }
+  // A parameter that is always there, `otherwise` in all of its n values where it is not given.
+  Values(const OptionalTensor& t, int64_t n, F otherwise) : Values(t) {
+    if (!present) values.assign(n, otherwise);
+    present = true;
+  }
+  const F* data() const { return present ? values.data() : nullptr; }
+};
+
+}  // namespace normally
