@@ -26,6 +26,16 @@ struct Groups {
         run(sample.geometry.per_channel() * channels) {}
 
   int64_t all() const { return samples * groups; }
+
+  // function(sample, first, last) for the groups [begin, end) of all, sample by sample.
+  template <typename Function>
+  void each_sample(int64_t begin, int64_t end, const Function& function) const {
+    for (int64_t i = begin; i < end;) {
+      const int64_t sample = i / groups, last = std::min(end, (sample + 1) * groups);
+      function(sample, i, last);
+      i = last;
+    }
+  }
 };
 
 template <typename T>

@@ -2,6 +2,8 @@
 //
 //   g  = dy · act'(z)                     z = x̂ · weight + bias
 //   dx = rstd · (g · weight - mean(g · weight) - x̂ · mean(g · weight · x̂))   means over a group
+#include <optional>
+
 #include "activation.h"
 #include "channel_gradient.h"
 #include "group_norm.h"
@@ -25,7 +27,12 @@ class GroupNormBackward {
         groups(call.sample, call.groups),
         serial(call.sample.numel() < kSerialElements),
         sums(groups.samples * g.channels),
-        slopes(groups.all()) {}
+        slopes(groups.all()),
+        rstds(groups.all()) {
+    for (int64_t i = 0; i < groups.all(); ++i) {
+      rstds[i] = 1 / std::sqrt(call.var[i] + call.sample.eps);
+    }
+  }
 
   void run() {
     if (g.outer == 1 && !walks_rows(g)) {
@@ -34,13 +41,13 @@ class GroupNormBackward {
       rows();
     }
     for (int64_t i = 0; i < groups.all(); ++i) {
-      if (is_extreme_sample(call.mean[i], rstd(i))) extreme(i);
+      if (is_extreme_sample(call.mean[i], rstds[i])) extreme(i);
     }
     for (int64_t c = 0; c < g.channels; ++c) {
       Sums total;
       for (int64_t n = 0; n < groups.samples; ++n) {
         total.g += sums[n * g.channels + c].g;
-        total.gx += sums[n * g.channels + c].gx * rstd(n * groups.groups + c / groups.channels);
+        total.gx += sums[n * g.channels + c].gx * rstds[n * groups.groups + c / groups.channels];
       }
       if (call.sample.dbias) call.sample.dbias[c] = total.g;
       if (call.sample.dweight) call.sample.dweight[c] = total.gx;
@@ -54,12 +61,11 @@ class GroupNormBackward {
   const bool serial;
   std::vector<Sums> sums;        // (samples, channels): Σg and Σg·(x - mean)
   std::vector<Slope<F>> slopes;  // (samples, groups)
-
-  double rstd(int64_t i) const { return 1 / std::sqrt(call.var[i] + call.sample.eps); }
+  std::vector<double> rstds;     // (samples, groups)
 
   Affine<F> affine(int64_t sample, int64_t c) const {
     const int64_t i = sample * groups.groups + c / groups.channels;
-    return affine_of(call.mean[i], rstd(i), call.sample.weight, call.sample.bias, c);
+    return affine_of(call.mean[i], rstds[i], call.sample.weight, call.sample.bias, c);
   }
 
   // The sums of a channel, given with x - hi.
@@ -79,7 +85,7 @@ class GroupNormBackward {
       s1 += w * of_channel[c].g;
       s2 += w * of_channel[c].gx;
     }
-    const double m = static_cast<double>(groups.run), r = rstd(i);
+    const double m = static_cast<double>(groups.run), r = rstds[i];
     const double slope = r * r * r * s2 / m;
     slopes[i] = {static_cast<F>(r * s1 / m - low_part<F>(call.mean[i]) * slope),
                  static_cast<F>(slope)};
@@ -90,18 +96,24 @@ class GroupNormBackward {
   void runs() {
     if (groups.all() >= 2 * thread_count() || serial) {
       // What T cannot hold of g is kept beside, where it stays in the cache.
-      const bool keeps = sizeof(T) < sizeof(F) && groups.run <= kKeptValues;
+      const bool keeps =
+          sizeof(T) < sizeof(F) && groups.run <= kKeptValues && is_costly(call.sample.act);
       parallel(groups.all(), serial, [&](int64_t begin, int64_t end) {
         std::vector<F> kept(keeps ? groups.run : 0);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t sample = i / groups.groups, c = i % groups.groups * groups.channels;
+        groups.each_sample(begin, end, [&](int64_t sample, int64_t first, int64_t last) {
           const BackwardCall<T> one = sample_of(call.sample, sample);
-          const Sweeps<T> sweeps(one, keeps ? kept.data() : place_in_dx(one),
-                                 keeps ? c * g.inner : 0);
-          for (int64_t k = c; k < c + groups.channels; ++k) add_up(sweeps, sample, k);
-          merge(i);
-          for (int64_t k = c + groups.channels - 1; k >= c; --k) differentiate(sweeps, sample, k);
-        }
+          std::optional<Sweeps<T>> shared;
+          if (!keeps) shared.emplace(one, place_in_dx(one));
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t c = i % groups.groups * groups.channels;
+            if (keeps) shared.emplace(one, kept.data(), c * g.inner);
+            for (int64_t k = c; k < c + groups.channels; ++k) add_up(*shared, sample, k);
+            merge(i);
+            for (int64_t k = c + groups.channels - 1; k >= c; --k) {
+              differentiate(*shared, sample, k);
+            }
+          }
+        });
         finish_streaming();
       });
       return;
@@ -203,7 +215,7 @@ class GroupNormBackward {
   void extreme(int64_t i) {
     const int64_t sample = i / groups.groups, first = i % groups.groups * groups.channels;
     const BackwardCall<T> one = sample_of(call.sample, sample);
-    const double mean = call.mean[i], r = rstd(i), m = static_cast<double>(groups.run);
+    const double mean = call.mean[i], r = rstds[i], m = static_cast<double>(groups.run);
     const auto each = [&](auto&& function) {
       for (int64_t c = first; c < first + groups.channels; ++c) {
         const double w = one.weight ? static_cast<double>(one.weight[c]) : 1.0;

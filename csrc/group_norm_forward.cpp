@@ -20,7 +20,8 @@ class GroupNormForward {
       : call(forward_call),
         g(call.sample.geometry),
         groups(call.sample, call.groups),
-        serial(call.sample.numel() < kSerialElements) {}
+        serial(call.sample.numel() < kSerialElements),
+        rstds(groups.all()) {}
 
   void run() {
     if (g.outer == 1 && walks_rows(g)) {
@@ -31,7 +32,7 @@ class GroupNormForward {
       rows();
     }
     for (int64_t i = 0; i < groups.all(); ++i) {
-      if (is_extreme_sample(call.mean[i], rstd(i))) extreme(i);
+      if (is_extreme_sample(call.mean[i], rstds[i])) extreme(i);
     }
   }
 
@@ -40,18 +41,18 @@ class GroupNormForward {
   const Geometry& g;
   const Groups groups;
   const bool serial;
-
-  double rstd(int64_t i) const { return 1 / std::sqrt(call.var[i] + call.sample.eps); }
+  std::vector<double> rstds;  // (samples, groups)
 
   // Where float sums overflowed, the statistics are still to come.
-  void keep(int64_t i, const Moments& moments) const {
+  void keep(int64_t i, const Moments& moments) {
     call.mean[i] = moments.mean;
     call.var[i] = moments.m2 / moments.count;
+    rstds[i] = 1 / std::sqrt(call.var[i] + call.sample.eps);
   }
 
   Affine<F> affine(int64_t sample, int64_t c) const {
     const int64_t i = sample * groups.groups + c / groups.channels;
-    return affine_of(call.mean[i], rstd(i), call.sample.weight, call.sample.bias, c);
+    return affine_of(call.mean[i], rstds[i], call.sample.weight, call.sample.bias, c);
   }
 
   // --- a group is one run of memory ---------------------------------------------------------
@@ -60,13 +61,17 @@ class GroupNormForward {
     const int64_t segments = std::clamp<int64_t>(groups.run / kSegmentValues, 1, kMaxSegments);
     if (segments == 1 || groups.all() >= 2 * thread_count()) {
       parallel(groups.all(), serial, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          Moments total;
-          for (int64_t s = 0; s < segments; ++s) total.merge(segment(i, s, segments));
-          keep(i, total);
-          const int64_t c = i % groups.groups * groups.channels;
-          apply(i / groups.groups, c, c + groups.channels);
-        }
+        groups.each_sample(begin, end, [&](int64_t sample, int64_t first, int64_t last) {
+          const ForwardCall<T> one = sample_of(call.sample, sample);
+          const auto kernel = forward_kernel(one);
+          for (int64_t i = first; i < last; ++i) {
+            Moments total;
+            for (int64_t s = 0; s < segments; ++s) total.merge(segment(i, s, segments));
+            keep(i, total);
+            const int64_t c = i % groups.groups * groups.channels;
+            apply(*kernel, sample, c, c + groups.channels);
+          }
+        });
         finish_streaming();
       });
       return;
@@ -84,7 +89,8 @@ class GroupNormForward {
     }
     parallel(groups.samples * g.channels, serial, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        apply(i / g.channels, i % g.channels, i % g.channels + 1);
+        const ForwardCall<T> one = sample_of(call.sample, i / g.channels);
+        apply(*forward_kernel(one), i / g.channels, i % g.channels, i % g.channels + 1);
       }
       finish_streaming();
     });
@@ -95,12 +101,10 @@ class GroupNormForward {
     return moments_of(call.sample.x + i * groups.run + begin, end - begin);
   }
 
-  void apply(int64_t sample, int64_t c, int64_t c_end) const {
-    const ForwardCall<T> one = sample_of(call.sample, sample);
-    const auto kernel = forward_kernel(one);
+  void apply(const ForwardKernel<T>& kernel, int64_t sample, int64_t c, int64_t c_end) const {
     for (; c < c_end; ++c) {
       const Affine<F> a = affine(sample, c);
-      kernel->channels(0, c, c + 1, 0, g.inner, &a);
+      kernel.channels(0, c, c + 1, 0, g.inner, &a);
     }
   }
 
@@ -139,7 +143,7 @@ class GroupNormForward {
     });
   }
 
-  void one_sample(int64_t sample, const RowWalk& walk, bool alone) const {
+  void one_sample(int64_t sample, const RowWalk& walk, bool alone) {
     const ForwardCall<T> one = sample_of(call.sample, sample);
     RowMoments moments(walk.segments, walk.width);
     parallel(walk.segments, alone, [&](int64_t first, int64_t last) {
@@ -165,7 +169,7 @@ class GroupNormForward {
   }
 
   // A group beyond the range of float: once more, in double, value by value.
-  void extreme(int64_t i) const {
+  void extreme(int64_t i) {
     const int64_t sample = i / groups.groups, first = i % groups.groups * groups.channels;
     const ForwardCall<T> one = sample_of(call.sample, sample);
     const auto each = [&](auto&& function) {
@@ -189,8 +193,9 @@ class GroupNormForward {
     });
     call.mean[i] = mean;
     call.var[i] = squares / m;
+    rstds[i] = 1 / std::sqrt(call.var[i] + call.sample.eps);
     each([&](int64_t c, int64_t at) {
-      double z = (static_cast<double>(one.x[at]) - mean) * rstd(i);
+      double z = (static_cast<double>(one.x[at]) - mean) * rstds[i];
       if (one.weight) z *= static_cast<double>(one.weight[c]);
       if (one.bias) z += static_cast<double>(one.bias[c]);
       one.y[at] = static_cast<T>(static_cast<F>(activation_value(one.act, z, one.act_param)));

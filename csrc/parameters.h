@@ -46,20 +46,44 @@ inline void check_mask(const char* op, const OptionalTensor& mask, const Tensor&
                   "is normalized");
 }
 
-// A parameter's values, and null where there is none.
+// A parameter's values, and null where there is none: the tensor's own where they are F's, one
+// beside the other, else a copy.
 template <typename F>
-struct Values {
-  std::vector<F> values;
-  bool present;
-  explicit Values(const OptionalTensor& t) : present(t.has_value()) {
-    if (t) values = values_of<F>(t->dim() > 1 ? torch::stable::contiguous(*t) : *t);
+class Values {
+ public:
+  explicit Values(const OptionalTensor& t) {
+    if (!t) return;
+    if (t->is_contiguous() && static_cast<int64_t>(sizeof(F)) == t->element_size()) {
+      data_ = static_cast<const F*>(t->const_data_ptr());
+    } else {
+      values_ = values_of<F>(t->dim() > 1 ? torch::stable::contiguous(*t) : *t);
+      data_ = values_.data();
+    }
   }
+
   // A parameter that is always there, `otherwise` in all of its n values where it is not given.
   Values(const OptionalTensor& t, int64_t n, F otherwise) : Values(t) {
-    if (!present) values.assign(n, otherwise);
-    present = true;
+    if (data_) return;
+    values_.assign(n, otherwise);
+    data_ = values_.data();
   }
-  const F* data() const { return present ? values.data() : nullptr; }
+
+  Values(Values&&) = default;  // a moved vector keeps its memory
+  Values(const Values&) = delete;
+
+  // The same values and 1 more.
+  Values plus_one(int64_t n) && {
+    values_.assign(data_, data_ + n);
+    for (F& value : values_) value += F(1);
+    data_ = values_.data();
+    return std::move(*this);
+  }
+
+  const F* data() const { return data_; }
+
+ private:
+  const F* data_ = nullptr;
+  std::vector<F> values_;
 };
 
 }  // namespace normally

@@ -102,8 +102,9 @@ struct RowMoments {
   }
 
  private:
-  // The mean so far, or else of the first eighth of these rows, up to 64: taken relative to the
-  // first, so that equal values give exactly themselves.
+  // The mean so far, or else of the first eighth of these rows, 16 to 64: taken relative to the
+  // first, so that equal values give exactly themselves, and of so many that an outlier among them
+  // cannot spoil it.
   template <typename T>
   static void choose_shift(const T* x, const RowWalk& walk, int64_t row, int64_t row_end,
                            int64_t begin, int64_t end, const double* mean_so_far,
@@ -116,7 +117,8 @@ struct RowMoments {
     }
     const T* first = x + row * walk.width + begin;
     for (int64_t j = 0; j < columns; ++j) scratch.shift[j] = static_cast<F>(first[j]);
-    const int64_t sample = std::clamp<int64_t>((row_end - row) / 8, 1, 64);
+    const int64_t rows = row_end - row;
+    const int64_t sample = std::min(rows, std::clamp<int64_t>(rows / 8, 16, 64));
     add_rows(x, walk.width, row, row + sample, begin, end, scratch);
     for (int64_t j = 0; j < columns; ++j) {
       scratch.shift[j] += static_cast<F>(scratch.s1[j] / static_cast<double>(sample));

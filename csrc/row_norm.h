@@ -113,13 +113,17 @@ inline int64_t sample_segments(int64_t samples) {
 class SegmentSums {
  public:
   SegmentSums(double* total, int64_t segments, int64_t n)
-      : total_(total), segments_(segments), n_(n), parts_(total ? segments * n : 0) {}
+      : total_(total),
+        segments_(segments),
+        n_(n),
+        parts_(total && segments > 1 ? segments * n : 0) {
+    if (total) std::fill(total, total + n, 0.0);
+  }
 
-  double* of(int64_t segment) { return total_ ? &parts_[segment * n_] : nullptr; }
+  double* of(int64_t segment) { return total_ && segments_ > 1 ? &parts_[segment * n_] : total_; }
 
   void merge() const {
-    if (!total_) return;
-    std::fill(total_, total_ + n_, 0.0);
+    if (!total_ || segments_ == 1) return;
     for (int64_t s = 0; s < segments_; ++s) {
       for (int64_t i = 0; i < n_; ++i) total_[i] += parts_[s * n_ + i];
     }

@@ -98,10 +98,7 @@ void describe(Call& call, const RowSettings& s, const Samples& samples) {
 template <typename F>
 Values<F> weights_of(const RowSettings& s, const OptionalTensor& weight, int64_t n) {
   Values<F> weights(weight, n, F(1));
-  if (weight && s.zero_centered_weight) {
-    for (F& w : weights.values) w += F(1);
-  }
-  return weights;
+  return weight && s.zero_centered_weight ? std::move(weights).plus_one(n) : std::move(weights);
 }
 
 template <typename T>

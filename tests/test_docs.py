@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -12,11 +13,14 @@ from types import ModuleType
 import pytest
 import torch
 
+from normally import functional
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")],
     key=lambda page: page.relative_to(ROOT).as_posix(),
 )
+SPECIFICATIONS = sorted((ROOT / "docs" / "layers").glob("*.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 _FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -42,7 +46,36 @@ def test_blocks_are_found() -> None:
     assert blocks(text, "pycon") == [(2, ">>> 1\n1\n")]
     assert blocks(text, "sh", "text") == [(7, "make\n")]
     with_code = {p.name for p in PAGES if blocks(p.read_text("utf-8"), "pycon")}
-    assert with_code >= {"README.md", "batch_norm.md"}
+    assert with_code >= {"README.md", "masks.md", *(page.name for page in SPECIFICATIONS)}
+
+
+#: What a layer's page has, in this order; where torch has no such layer, other words for one part.
+SECTIONS = [
+    "Forward", "Training and evaluation", "Backward", "Masks", "Data types", "Memory layouts",
+    "Numerical decisions", "Errors", "Implementation limits", "Performance tips", "Examples",
+]  # fmt: skip
+
+
+def test_every_norm_has_its_specification() -> None:
+    """A function's page has its name; `add_…` is on the page of its norm."""
+    norms = {name.removeprefix("add_") for name in functional.__all__}
+    assert {page.stem for page in SPECIFICATIONS} == norms
+    for listing in ("README.md", "docs/index.md"):
+        text = (ROOT / listing).read_text("utf-8")
+        assert all(f"layers/{page.name})" in text for page in SPECIFICATIONS), listing
+
+
+@pytest.mark.parametrize("page", SPECIFICATIONS, ids=lambda page: page.name)
+def test_a_specification_has_every_section(page: Path) -> None:
+    headings = re.findall(r"^## (.+)$", _FENCE.sub("", page.read_text("utf-8")), re.MULTILINE)
+    assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
+    functions = [name for name in functional.__all__ if name.removeprefix("add_") == page.stem]
+    text = page.read_text("utf-8")
+    for function in functions:
+        assert f"normally.functional.{function}`" in text
+        for option in inspect.signature(getattr(functional, function)).parameters:
+            # Those that every norm has in the formulas go by their letters there.
+            assert f"`{option}" in text or f"{option}=" in text or option == "eps", option
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -136,7 +169,13 @@ def load(example: Path) -> ModuleType:
 
 
 def test_every_example_has_a_test() -> None:
-    assert [example.stem for example in EXAMPLES] == ["drop_in", "residual_block"]
+    assert [example.stem for example in EXAMPLES] == [
+        "diffusion_block",
+        "drop_in",
+        "padded_sequences",
+        "residual_block",
+        "transformer_block",
+    ]
 
 
 def test_drop_in(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,3 +203,33 @@ def test_residual_block(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     # float64: sums of 1568 terms of size 1, so 1e-13 each, through two layers.
     assert max(differences.values()) <= 1e-11
+
+
+def test_transformer_block(capsys: pytest.CaptureFixture[str]) -> None:
+    example = load(ROOT / "examples" / "transformer_block.py")
+    example.main()
+    assert "RMSNorm" in capsys.readouterr().out
+    for pair in example.PAIRS.values():
+        differences = example.compare(*pair)
+        assert list(differences) == ["output", "gradients"]
+        # float64: values of size 1 to 10 through nine layers, sums of at most 128 terms.
+        assert max(differences.values()) <= 1e-12
+
+
+def test_diffusion_block(capsys: pytest.CaptureFixture[str]) -> None:
+    example = load(ROOT / "examples" / "diffusion_block.py")
+    example.main()
+    assert "gradients of the parameters" in capsys.readouterr().out
+    differences = example.compare()
+    assert list(differences)[0] == "output"
+    # float64: sums of 576 terms of size 1 in the convolutions, through two of them.
+    assert max(differences.values()) <= 1e-11
+
+
+def test_padded_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+    example = load(ROOT / "examples" / "padded_sequences.py")
+    example.main()
+    assert "lengths=" in capsys.readouterr().out
+    # float64: roundings of 1e-16 through 20 steps.
+    assert example.difference(example.MaskedNetwork) <= 1e-12
+    assert example.difference(example.TorchNetwork) >= 1e-3

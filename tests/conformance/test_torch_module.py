@@ -1,8 +1,9 @@
-"""torch's own samples of BatchNorm1d, 2d, 3d and their lazy forms, ours beside torch's."""
+"""torch's own samples of its normalization layers and their lazy forms, ours beside torch's."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from typing import Any
@@ -19,8 +20,11 @@ with warnings.catch_warnings():
     from torch.testing._internal.common_modules import module_db
 
 INFOS = {
-    info.module_cls.__name__: info for info in module_db if "BatchNorm" in info.module_cls.__name__
+    info.module_cls.__name__: info for info in module_db if "Norm" in info.module_cls.__name__
 }
+NAMES = sorted(INFOS)
+LAZY = [name for name in NAMES if hasattr(nn, f"Lazy{name}")]
+WITH_ERRORS = [name for name in NAMES if INFOS[name].module_error_inputs_func is not None]
 
 
 def samples(name: str, dtype: torch.dtype, training: bool) -> list[Any]:
@@ -32,36 +36,61 @@ def samples(name: str, dtype: torch.dtype, training: bool) -> list[Any]:
     )
 
 
-def test_torch_has_samples_for_the_three_layers() -> None:
-    assert set(INFOS) == {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
-    assert all(len(samples(name, torch.float32, True)) >= 5 for name in INFOS)
+def test_torch_has_samples_for_every_layer() -> None:
+    assert set(INFOS) == {
+        "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm1d",
+        "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "LocalResponseNorm", "RMSNorm",
+    }  # fmt: skip
+    assert set(LAZY) == {name for name in NAMES if name.startswith(("BatchNorm", "InstanceNorm"))}
+    assert set(WITH_ERRORS) >= {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm"}
+    assert all(len(samples(name, torch.float32, True)) >= 3 for name in NAMES)
+
+
+def pair(
+    name: str, sample: Any, dtype: torch.dtype, training: bool
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """torch's layer with random parameters, and ours with the same state."""
+    arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+    theirs, ours = (
+        getattr(family, name)(*arguments, **options).to(dtype).train(training)
+        for family in (torch.nn, nn)
+    )
+    for parameter in theirs.parameters():
+        torch.nn.init.uniform_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    assert isinstance(ours, type(theirs))
+    return theirs, ours
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+@pytest.mark.parametrize("name", NAMES)
 def test_samples(name: str, dtype: torch.dtype, training: bool) -> None:
     for sample in samples(name, dtype, training):
-        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
-        theirs = getattr(torch.nn, name)(*arguments, **options).to(dtype).train(training)
-        if theirs.affine:
-            torch.nn.init.uniform_(theirs.weight)
-            if theirs.bias is not None:
-                torch.nn.init.uniform_(theirs.bias)
-        ours = getattr(nn, name)(*arguments, **options).to(dtype).train(training)
-        lazy_options = dict(zip(("eps", "momentum", "affine", "track_running_stats"),
-                                arguments[1:], strict=False))  # fmt: skip
-        lazy = getattr(nn, f"Lazy{name}")(**{**lazy_options, **options}).to(dtype).train(training)
+        theirs, ours = pair(name, sample, dtype, training)
         x = sample.forward_input.args[0]
-        lazy(torch.zeros_like(x))  # any batch gives it its size
-        ours.load_state_dict(theirs.state_dict())
-        lazy.load_state_dict(theirs.state_dict())
         for _ in range(2):
             compare(theirs, ours, x)
-        lazy_theirs = copy.deepcopy(theirs)
-        lazy_theirs.load_state_dict(theirs.state_dict())
+        if sample.reference_fn is not None:
+            # torch's own reference, where it has one, takes ours for its layer as well.
+            wanted = sample.reference_fn(ours, list(ours.parameters()), x)
+            torch.testing.assert_close(ours(x), wanted)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LAZY)
+def test_samples_of_the_lazy_layers(name: str, training: bool) -> None:
+    for sample in samples(name, torch.float32, training):
+        theirs, _ = pair(name, sample, torch.float32, training)
+        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+        names = list(inspect.signature(getattr(torch.nn, name)).parameters)
+        given = dict(zip(names[1:], arguments[1:], strict=False))  # all but num_features
+        lazy = getattr(nn, f"Lazy{name}")(**{**given, **options}).train(training)
+        x = sample.forward_input.args[0]
+        lazy(torch.zeros_like(x))  # any batch gives it its size
         lazy.load_state_dict(theirs.state_dict())
-        compare(lazy_theirs, lazy, x)
+        assert isinstance(lazy, type(theirs))
+        compare(theirs, lazy, x)
 
 
 def compare(theirs: torch.nn.Module, ours: torch.nn.Module, x: torch.Tensor) -> None:
@@ -81,7 +110,7 @@ def compare(theirs: torch.nn.Module, ours: torch.nn.Module, x: torch.Tensor) -> 
         torch.testing.assert_close(ours.state_dict()[key], value, msg=key)
 
 
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_torch_checks_of_every_module(name: str) -> None:
     """repr, copies, pickling, memory format and device moves, as torch's test_modules.py does."""
     for sample in samples(name, torch.float32, True):
@@ -92,14 +121,32 @@ def test_what_torch_checks_of_every_module(name: str) -> None:
         x = sample.forward_input.args[0]
         for other in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
             assert_same_bits(other.eval()(x), layer.eval()(x))
-        assert next(layer.to("meta").buffers(), torch.empty(0, device="meta")).is_meta
+        moved = getattr(nn, name)(*arguments, **options).to("meta")
+        assert all(t.is_meta for t in (*moved.parameters(), *moved.buffers()))
         doubled = getattr(nn, name)(*arguments, **options).double()
         assert all(p.dtype is torch.float64 for p in doubled.parameters())
         with torch.device("meta"):
             assert all(p.is_meta for p in getattr(nn, name)(*arguments, **options).parameters())
+        if x.dim() in (4, 5) and name != "LayerNorm" and name != "RMSNorm":
+            memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            y = layer(x.contiguous(memory_format=memory_format))
+            torch.testing.assert_close(y, layer(x))
+            assert y.is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+@pytest.mark.parametrize("name", NAMES)
+def test_factory_arguments(name: str) -> None:
+    """device= and dtype=, for every layer that torch gives them to."""
+    sample = samples(name, torch.float32, True)[0]
+    arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
+    if "dtype" not in inspect.signature(getattr(torch.nn, name)).parameters:
+        assert name == "LocalResponseNorm"  # nothing in it has a dtype
+        return
+    layer = getattr(nn, name)(*arguments, **options, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype is torch.bfloat16 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", WITH_ERRORS)
 def test_error_inputs(name: str) -> None:
     info = INFOS[name]
     inputs = list(
@@ -112,6 +159,6 @@ def test_error_inputs(name: str) -> None:
         constructor = error.module_error_input.constructor_input
         forward = error.module_error_input.forward_input
         for family in (torch.nn, nn):
-            layer = getattr(family, name)(*constructor.args, **constructor.kwargs)
             with pytest.raises(error.error_type, match=error.error_regex):
+                layer = getattr(family, name)(*constructor.args, **constructor.kwargs)
                 layer(*forward.args, **forward.kwargs)

@@ -145,9 +145,10 @@ def sample() -> tuple[Tensor, Tensor, Tensor]:
 def test_one_graph(dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(both_ways, fullgraph=True, backend="eager", dynamic=dynamic)
-    for _ in range(2):
-        arguments = sample()
-        assert torch.equal(compiled(*arguments), both_ways(*arguments))
+    for batch in (3, 7):
+        x, mask = torch.randn(batch, 4, 5), torch.rand(batch, 5) < 0.5
+        lengths = torch.arange(batch) % 5
+        assert torch.equal(compiled(x, mask, lengths), both_ways(x, mask, lengths))
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -123,8 +123,6 @@ def test_nothing_of_the_inputs_size_is_saved() -> None:
     torch.testing.assert_close(x.grad, scale.view(1, 8, 1).expand(4, 8, 32))
 
 
-# torch's compiler makes an instance of every autograd function that it meets.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_nothing_of_the_inputs_size_is_saved_by_a_compiled_graph() -> None:
     layer = filled(8)
     x = torch.randn(4, 8, 32, requires_grad=True)

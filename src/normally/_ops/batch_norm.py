@@ -148,8 +148,9 @@ def _forward_and_update_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor,
 forward_and_update = define(
     "batch_norm_and_update_(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
     "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_updates, float? momentum, bool unbiased, float eps, int correction, "
-    "int act, float act_param, bool save_bits) -> (Tensor output, Tensor stats, Tensor bits)",
+    "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_updates, float? momentum, "
+    "bool unbiased, float eps, int correction, int act, float act_param, bool save_bits) "
+    "-> (Tensor output, Tensor stats, Tensor bits)",
     fallback=_forward_and_update_fallback,
     fake=_forward_and_update_fake,
 )

@@ -150,7 +150,7 @@ def prepare_sum(input: Tensor, residual: Tensor, caller: str) -> tuple[Tensor, T
         if residual.shape == input.shape:
             return input, residual
         sizes = zip(reversed(residual.shape), reversed(input.shape), strict=False)
-        if residual.dim() > input.dim() or any(a not in (1, b) for a, b in sizes):
+        if residual.dim() > input.dim() or any(a != 1 and a != b for a, b in sizes):
             raise ValueError(
                 f"{caller}: residual must be broadcastable to the input's shape. Got input of "
                 f"shape {tuple(input.shape)}, residual of shape {tuple(residual.shape)}."

@@ -62,7 +62,9 @@ def prepare_mask(
     shape = list(input.shape)
     shape[channel_dim] = 1
     if not is_tracing() and (
-        mask.dim() != dims or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True))
+        mask.dim() != dims
+        # Written with !=, which compilers know of symbolic sizes; `in` they do not.
+        or any(m != 1 and m != n for m, n in zip(mask.shape, shape, strict=True))
     ):
         raise _other_shape(given, input, channel_dim, caller)
     return mask.expand(shape)

@@ -113,7 +113,7 @@ def batch_norm(
         x = input.movedim(channel_dim, 1)
     if mask is not None or lengths is not None:
         mask = prepare_mask(input, mask, lengths, channel_dim, "batch_norm")
-        if moved:
+        if moved and mask is not None:
             mask = mask.movedim(channel_dim, 1)
     added = None
     if residual is not None:
@@ -125,8 +125,8 @@ def batch_norm(
             added, residual, fused = reference.hide(residual, mask), None, (0, 0.0)
 
     call = Call(
-        x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked, skipped_updates,
-        training, momentum, unbiased, eps, correction, on_single_value, *fused,
+        x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
+        skipped_updates, training, momentum, unbiased, eps, correction, on_single_value, *fused,
     )  # fmt: skip
     if _is_plain(call):
         try:

@@ -44,9 +44,9 @@ def instance_norm(
     Without it the running statistics normalize, as in the evaluation of `batch_norm`. A channel
     with a non-finite value, or with one value a sample under the mask, which has no unbiased
     variance, leaves its running statistics as they were and is counted in `skipped_updates`. An
-    empty batch, one with nothing kept by the mask, and the second forward of
-    an activation checkpoint update nothing. Under a mask every kept value has the same weight: the
-    variance is that within the samples, pooled.
+    empty batch, one with nothing kept by the mask, and the second forward of an activation
+    checkpoint update nothing. Under a mask every kept value has the same weight: the variance is
+    that within the samples, pooled.
 
     Args:
         input: `(N, C, *)`; float64, float32, bfloat16 or float16, any strides.
@@ -96,12 +96,14 @@ def instance_norm(
     check_eps(eps, "instance_norm")
     if not is_tracing():
         _check_sizes(input)
-        for name, tensor in (
-            ("running_mean", running_mean), ("running_var", running_var),
-            ("weight", weight), ("bias", bias),
-        ):  # fmt: skip
-            if tensor is not None:
-                check_of_channels(name, tensor, input, "instance_norm")
+        if weight is not None:
+            check_of_channels("weight", weight, input, "instance_norm")
+        if bias is not None:
+            check_of_channels("bias", bias, input, "instance_norm")
+        if running_mean is not None:
+            check_of_channels("running_mean", running_mean, input, "instance_norm")
+        if running_var is not None:
+            check_of_channels("running_var", running_var, input, "instance_norm")
     if act is None and act_param is None:
         fused = (0, 0.0)
     else:
