@@ -2,8 +2,8 @@
 
     python examples/diffusion_block.py
 
-The block is compared with torch's composition in float64: output and every gradient. A state dict of
-one loads into the other.
+The block is compared with torch's composition in float64: output and every gradient. A state dict
+of one loads into the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TorchBlock(nn.Module):
         self.time = nn.Linear(TIME, CHANNELS)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x + conv(silu(norm(conv(silu(norm(x))) + time)))."""
+        """Gives x + conv(silu(norm(conv(silu(norm(x))) + time)))."""
         h = self.conv1(nn.functional.silu(self.norm1(x)))
         h = h + self.time(time)[:, :, None, None]
         return x + self.conv2(nn.functional.silu(self.norm2(h)))

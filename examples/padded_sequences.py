@@ -43,6 +43,7 @@ class TorchNetwork(Network):
         super().__init__(nn.BatchNorm1d, nn.GroupNorm(4, CHANNELS))
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Only the mean at the end knows the lengths."""
         x = torch.relu(self.norm1(self.conv1(x)))
         x = torch.relu(self.norm2(self.conv2(x)))
         return self.pooled(x, lengths)
@@ -58,6 +59,7 @@ class MaskedNetwork(Network):
         )
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Every norm knows the lengths."""
         x = self.norm1(self.conv1(x), lengths=lengths)
         x = self.norm2(self.conv2(x), lengths=lengths)
         return self.pooled(x, lengths)

@@ -27,6 +27,7 @@ class Attention(nn.Module):
         self.project, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Every position attends to all."""
         q, k, v = (
             t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.project(x).chunk(3, -1)
         )
@@ -47,7 +48,7 @@ class TorchModel(nn.Module):
         self.layers = nn.ModuleList([Attention(), mlp(), Attention(), mlp()])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x + layer(norm(x)), four times, and a norm."""
+        """Four times x + layer(norm(x)), and a norm."""
         for norm, layer in zip(self.norms, self.layers, strict=False):
             x = x + layer(norm(x))
         return self.norms[-1](x)

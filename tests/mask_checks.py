@@ -181,9 +181,7 @@ def check_lengths(name: str, x: Tensor, channels_at: int, **settings: Any) -> No
     mask = (torch.arange(size) < lengths[:, None]).unsqueeze(channels_at)
     for dtype in (torch.int64, torch.int32, torch.uint8):
         leaf = x.detach().requires_grad_()
-        y, _ = call(
-            name, leaf, None, None, None, None, {**settings, "lengths": lengths.to(dtype)}
-        )
+        y, _ = call(name, leaf, None, None, None, None, {**settings, "lengths": lengths.to(dtype)})
         wanted = everything(name, x, None, None, None, mask, settings)
         g = values(tuple(y.shape), y.dtype, seed=5)
         assert_same_bits(y, wanted["output"], "output")

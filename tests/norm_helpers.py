@@ -319,9 +319,7 @@ def check_norm(
     dz = g.abs()
     if act is not None:
         z = sizes.z.clone().requires_grad_()  # type: ignore[union-attr]
-        (dz,) = torch.autograd.grad(
-            reference.activate(z, act, settings.get("act_param")), z, g
-        )
+        (dz,) = torch.autograd.grad(reference.activate(z, act, settings.get("act_param")), z, g)
         # act' moves with the rounding of z: by no more than |act''| ≤ 2 of it, for every act here.
         dz = dz.abs() + 2 * g.abs() * sizes.output
     of_input, of_weight, of_bias = sizes.gradients(dz)

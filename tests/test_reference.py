@@ -92,6 +92,32 @@ def test_example_2_running_statistics_by_hand() -> None:
     assert layer.num_batches_tracked.item() == 2
 
 
+@pytest.mark.parametrize("normalized_shape", [(2, 3, 4), (3, 4), (4,)])
+def test_example_3_the_statistics_of_layer_norm(normalized_shape: tuple[int, ...]) -> None:
+    """A sample of (8, 2, 3, 4) has one mean and one variance for (2, 3, 4), more for less."""
+    x = values((8, 2, 3, 4), torch.float64)
+    count = {3: 8, 2: 8 * 2, 1: 8 * 2 * 3}[len(normalized_shape)]
+    mean, var = reference.moments(x, range(-len(normalized_shape), 0))
+    assert mean.numel() == var.numel() == count
+    samples = x.reshape(count, -1).tolist()
+    wanted = torch.empty(count, len(samples[0]), dtype=torch.float64)
+    for n, numbers in enumerate(samples):
+        own_mean = sum(numbers) / len(numbers)
+        own_var = sum((v - own_mean) ** 2 for v in numbers) / len(numbers)
+        assert mean.flatten()[n].item() == pytest.approx(own_mean, abs=1e-14)
+        assert var.flatten()[n].item() == pytest.approx(own_var, rel=1e-13)
+        for i, v in enumerate(numbers):
+            wanted[n, i] = (v - own_mean) / (own_var + 1e-5) ** 0.5
+    layer = nn.LayerNorm(normalized_shape, dtype=torch.float64)
+    for training in (True, False):  # the same in both
+        y = layer.train(training)(x).detach()
+        torch.testing.assert_close(y.view_as(wanted), wanted, rtol=1e-12, atol=1e-12)
+    assert layer.weight.shape == layer.bias.shape == normalized_shape
+    assert not list(layer.buffers())  # no running statistics
+    if len(normalized_shape) == 3:
+        assert count == 8
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [

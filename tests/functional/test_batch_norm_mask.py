@@ -14,7 +14,15 @@ from torch import Tensor
 
 from normally.functional import batch_norm
 from tests.functional.test_batch_norm_property import views
-from tests.helpers import ACTS, DTYPES, assert_same_bits, check_batch_norm, lay_out, layouts_of, values
+from tests.helpers import (
+    ACTS,
+    DTYPES,
+    assert_same_bits,
+    check_batch_norm,
+    lay_out,
+    layouts_of,
+    values,
+)
 from tests.mask_checks import (
     check_compacted,
     check_forms,

@@ -42,7 +42,9 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         mask = random_mask(NAME, x, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         check_norm(
             NAME,
-            x if "expanded" in layout else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
+            x
+            if "expanded" in layout
+            else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
             weight if index % 3 else None,
             bias if index % 5 else None,
             mask=mask,

@@ -129,7 +129,11 @@ def test_its_ends_are_layer_and_instance_norm() -> None:
 
 
 def test_torchs_positional_arguments() -> None:
-    x, weight, bias = values((3, 4, 5), torch.float64), torch.rand(4).double(), torch.rand(4).double()
+    x, weight, bias = (
+        values((3, 4, 5), torch.float64),
+        torch.rand(4).double(),
+        torch.rand(4).double(),
+    )
     ours = group_norm(x, 2, weight, bias, 0.1)
     torch.testing.assert_close(ours, F.group_norm(x, 2, weight, bias, 0.1))
 

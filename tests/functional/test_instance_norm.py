@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from normally.functional import instance_norm
-from tests.helpers import ACTS, DTYPES, assert_same_bits, check_batch_norm, lay_out, layouts_of, values
+from tests.helpers import (
+    ACTS,
+    DTYPES,
+    assert_same_bits,
+    check_batch_norm,
+    lay_out,
+    layouts_of,
+    values,
+)
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 # Positions a channel: 2 … 9, 49, primes, lanes of 4 to 64 and chunks of 512 to 4096, ± 1.
@@ -116,14 +124,18 @@ def test_with_the_running_statistics_it_is_a_batch_norm(layout: str, dtype: torc
     if dtype is torch.float64:
         tolerance = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(y.double(), wanted, **tolerance)
-    gradients = [torch.autograd.grad(t.sum(), s)[0].double() for t, s in ((y, leaf), (wanted, plain))]
+    gradients = [
+        torch.autograd.grad(t.sum(), s)[0].double() for t, s in ((y, leaf), (wanted, plain))
+    ]
     torch.testing.assert_close(*gradients, **tolerance)
     assert_same_bits(mean, before[0])
     assert_same_bits(var, before[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3, 2, 3), (2, 3, 0, 4), (0, 3, 2, 1, 2)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4), (2, 3, 0), (0, 3, 2, 3), (2, 3, 0, 4), (0, 3, 2, 1, 2)]
+)
 def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Zero gradients, and no buffer changes."""
     wide = parameter_dtype(dtype)

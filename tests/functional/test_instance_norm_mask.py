@@ -43,7 +43,9 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         mask = random_mask(NAME, x, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         check_norm(
             NAME,
-            x if "expanded" in layout else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
+            x
+            if "expanded" in layout
+            else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
             weight if index % 4 else None,
             bias if index % 5 else None,
             mask=mask,
@@ -133,7 +135,9 @@ def test_running_statistics_of_what_is_kept(
         squares = sum((s - s.mean(1, keepdim=True)).square().sum(1) for s in samples)
         wanted_var = squares / (total - len(samples))
         if mask is even:
-            torch.testing.assert_close(wanted_mean, torch.stack([s.mean(1) for s in samples]).mean(0))
+            torch.testing.assert_close(
+                wanted_mean, torch.stack([s.mean(1) for s in samples]).mean(0)
+            )
             torch.testing.assert_close(wanted_var, torch.stack([s.var(1) for s in samples]).mean(0))
         new = 0.3 if momentum else 0.5
         tolerance = 1e-13 if wide is torch.float64 else 1e-6

@@ -31,10 +31,10 @@ def buffers(channels: int, dtype: torch.dtype = torch.float32) -> dict[str, Tens
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("shape", [(3, 4, 7), (2, 17, 5, 3), (2, 3, 2, 3, 5), (1, 2, 1025)], ids=str)
-def test_three_batches_as_in_torch(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 7), (2, 17, 5, 3), (2, 3, 2, 3, 5), (1, 2, 1025)], ids=str
+)
+def test_three_batches_as_in_torch(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     wide = parameter_dtype(dtype)
     own = buffers(shape[1], wide)
     mean, var = (own[name].clone().double() for name in ("running_mean", "running_var"))
@@ -44,7 +44,9 @@ def test_three_batches_as_in_torch(
         assert_same_bits(y, instance_norm(lay_out(x, layout)))  # the buffers change no output
         F.instance_norm(x.double(), mean, var, momentum=0.3)
     # Three updates of values up to 4: float32 rounds each to 3e-7.
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if wide is torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
+    tolerance = (
+        {"rtol": 1e-6, "atol": 1e-6} if wide is torch.float32 else {"rtol": 1e-13, "atol": 1e-13}
+    )
     torch.testing.assert_close(own["running_mean"].double(), mean, **tolerance)
     torch.testing.assert_close(own["running_var"].double(), var, **tolerance)
     assert own["num_batches_tracked"].item() == 3

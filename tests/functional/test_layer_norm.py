@@ -130,7 +130,11 @@ def test_normalized_shape_may_be_an_integer_or_a_list() -> None:
 
 
 def test_torchs_positional_arguments() -> None:
-    x, weight, bias = values((3, 4, 5), torch.float64), torch.rand(5).double(), torch.rand(5).double()
+    x, weight, bias = (
+        values((3, 4, 5), torch.float64),
+        torch.rand(5).double(),
+        torch.rand(5).double(),
+    )
     ours = layer_norm(x, (5,), weight, bias, 0.1)
     torch.testing.assert_close(ours, F.layer_norm(x, (5,), weight, bias, 0.1))
 

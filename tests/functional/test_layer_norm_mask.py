@@ -47,7 +47,9 @@ def test_every_shape(shape: tuple[int, ...], dim: int | None, dtype: torch.dtype
         residual = torch.where(mask, values(shape, dtype, seed=1), math.inf)
         check_norm(
             NAME,
-            x if "expanded" in layout else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
+            x
+            if "expanded" in layout
+            else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
             weight if index % 4 else None,
             bias if index % 5 else None,
             residual if index % 3 == 0 else None,
@@ -63,7 +65,9 @@ def test_every_shape(shape: tuple[int, ...], dim: int | None, dtype: torch.dtype
 def test_compacted_rows_have_the_same_bits(dtype: torch.dtype) -> None:
     """A row's result depends on no other, so not on what was taken out (the kernels promise it)."""
     wide = parameter_dtype(dtype)
-    for shape, act, keep in itertools.product(((9, 5), (4, 7, 64)), (None, "silu"), (0.1, 0.6, 1.1)):
+    for shape, act, keep in itertools.product(
+        ((9, 5), (4, 7, 64)), (None, "silu"), (0.1, 0.6, 1.1)
+    ):
         weight, bias = ramp(shape[-1:], -1, 2, wide), ramp(shape[-1:], 1, -1, wide)
         x = values(shape, dtype)
         mask = random_mask(NAME, x, keep=keep)
@@ -129,9 +133,7 @@ def test_a_mask_inside_a_row(shape: tuple[int, ...], count: int, dtype: torch.dt
         x = values(shape, dtype)
         mask = random_mask(NAME, x, {"normalized_shape": size})
         hidden = torch.where(mask, x, math.nan)
-        check_norm(
-            NAME, hidden, weight, bias, residual, mask=mask, act=act, normalized_shape=size
-        )
+        check_norm(NAME, hidden, weight, bias, residual, mask=mask, act=act, normalized_shape=size)
         check_nothing_kept(NAME, x, weight, bias, residual, act=act, normalized_shape=size)
 
 
@@ -146,7 +148,9 @@ def test_inside_a_row_it_is_the_compacted_row(dtype: torch.dtype) -> None:
         kept = x[row][mask[row]].flatten()
         wanted = layer_norm(kept, kept.shape) if kept.numel() else kept
         tolerance = 1e-12 if dtype is torch.float64 else 2e-6 + torch.finfo(dtype).eps
-        torch.testing.assert_close(y[row][mask[row]].flatten(), wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            y[row][mask[row]].flatten(), wanted, rtol=tolerance, atol=tolerance
+        )
         assert torch.count_nonzero(y[row][~mask[row]]) == 0
 
 

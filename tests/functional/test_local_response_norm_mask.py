@@ -24,7 +24,15 @@ from tests.mask_checks import (
 from tests.norm_helpers import check_norm
 
 NAME = "local_response_norm"
-SHAPES = [(4, 3, 7), (3, 16, 17), (2, 9, 33), (2, 2, 513), (2, 5, 4, 5), (2, 33, 3, 3), (2, 4, 2, 3, 5)]
+SHAPES = [
+    (4, 3, 7),
+    (3, 16, 17),
+    (2, 9, 33),
+    (2, 2, 513),
+    (2, 5, 4, 5),
+    (2, 33, 3, 3),
+    (2, 4, 2, 3, 5),
+]
 SETTINGS = {"size": 5, "alpha": 0.6, "beta": 0.75, "k": 1.5}
 
 
@@ -36,7 +44,9 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         mask = random_mask(NAME, x, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         check_norm(
             NAME,
-            x if "expanded" in layout else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
+            x
+            if "expanded" in layout
+            else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
             mask=mask,
             hidden_gradient=math.nan if index % 2 else None,
             gradient=("contiguous", "expanded batch", layout)[index % 3],

@@ -41,7 +41,9 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         residual = torch.where(mask, values(shape, dtype, seed=1), math.inf)
         check_norm(
             NAME,
-            x if "expanded" in layout else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
+            x
+            if "expanded" in layout
+            else torch.empty_like(x).copy_(torch.where(mask, x, math.nan)),
             weight if index % 4 else None,
             None,
             residual if index % 3 == 0 else None,
@@ -61,7 +63,9 @@ def test_compacted_rows_have_the_same_bits(casting: str, dtype: torch.dtype) -> 
         weight = ramp(shape[-1:], -1, 2, parameter_dtype(dtype))
         x = values(shape, dtype)
         mask = random_mask(NAME, x, keep=keep)
-        check_compacted(NAME, x, weight, None, mask, same_bits=_native.loaded is not None, casting=casting)
+        check_compacted(
+            NAME, x, weight, None, mask, same_bits=_native.loaded is not None, casting=casting
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,6 +7,7 @@ kernels, which register themselves against those definitions.
 from .. import _native
 from . import (
     batch_norm,
+    batch_norm_autograd,
     batch_norm_transforms,
     group_norm,
     layer_norm,
@@ -19,6 +20,7 @@ _native.load()
 
 __all__ = [
     "batch_norm",
+    "batch_norm_autograd",
     "batch_norm_transforms",
     "group_norm",
     "layer_norm",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import reference
 from . import activation, running_stats
-from ._library import LIBRARY, define
+from ._library import define
 from .bits import bits_shape, unpack_bits
 
 # What the backward must compute, as bits of `need`.
@@ -156,7 +156,7 @@ forward_and_update = define(
 )
 
 
-def _formula(
+def formula_of(
     mask: Tensor | None,
     bits: Tensor | None,
     stats: Tensor,
@@ -235,7 +235,7 @@ def plain_backward(
     *settings: Any,
 ) -> tuple[Tensor, ...]:
     """The backward as torch expressions; every gradient, asked for or not."""
-    formula = _formula(mask, bits, stats, *settings[:-1])
+    formula = formula_of(mask, bits, stats, *settings[:-1])
     return formula(grad_output, input, weight, bias, residual)
 
 
@@ -275,141 +275,3 @@ backward = define(
     fallback=_backward_fallback,
     fake=_backward_fake,
 )
-
-
-def _remember(
-    ctx: Any,
-    tensors: tuple[Tensor | None, ...],
-    stats: Tensor,
-    bits: Tensor,
-    config: tuple[bool, float, int, int, float],
-) -> None:
-    """Save for backward what it reads: the residual only where its gradient reads it."""
-    input, weight, bias, residual, mask = tensors
-    has_bits = bits.numel() > 0
-    kept = residual if config[3] and not has_bits else None
-    ctx.save_for_backward(input, weight, bias, kept, mask, bits if has_bits else None, stats)
-    ctx.config = config
-    ctx.has_residual = residual is not None
-
-
-def differentiate(
-    ctx: Any,
-    saved: tuple[Tensor | None, ...],
-    grad_output: Tensor,
-    call: Callable[..., tuple[Tensor, ...]],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of input, weight, bias and residual by `call`, the backward operator."""
-    needs = ctx.needs_input_grad
-    config = ctx.config
-    act = config[3]
-    need = (
-        (NEED_INPUT if needs[0] else 0)
-        | (NEED_PARAMETERS if needs[1] or needs[2] else 0)
-        | (NEED_RESIDUAL if act and needs[3] else 0)
-    )
-    grad_input, grad_residual, grad_weight, grad_bias = call(grad_output, *saved, *config, need)
-    if ctx.has_residual and not act:
-        grad_residual = reference.hide(grad_output, saved[4])
-    return (
-        grad_input if needs[0] else None,
-        grad_weight if needs[1] else None,
-        grad_bias if needs[2] else None,
-        grad_residual if needs[3] else None,
-    )
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, stats, bits = output
-    ctx.mark_non_differentiable(stats, bits)
-    _remember(ctx, inputs[:5], stats, bits, (inputs[5] is None, *inputs[7:11]))
-
-
-def _autograd_backward(
-    ctx: Any, grad_output: Tensor, _stats: Tensor, _bits: Tensor
-) -> tuple[Tensor | None, ...]:
-    return (*differentiate(ctx, ctx.saved_tensors, grad_output, backward), *(None,) * 8)
-
-
-def save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.config = inputs[8:13]
-
-
-def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    *primals, mask, bits, stats = ctx.saved_tensors
-    if primals[1].numel() == 0:
-        return (*(None if t is None else torch.zeros_like(t) for t in primals), *(None,) * 9)
-    formula = _formula(mask, bits, stats, *ctx.config)
-    present = [t for t in primals if t is not None]
-
-    def of_present(*tensors: Tensor) -> tuple[Tensor, ...]:
-        given = iter(tensors)
-        return formula(*(next(given) if t is not None else None for t in primals))
-
-    gradients, vjp = torch.func.vjp(of_present, *present)  # type: ignore[misc]
-    # What was not asked for came back empty: its cotangent is zero.
-    cotangents = tuple(
-        c.to(g.dtype) if c is not None and c.shape == g.shape else torch.zeros_like(g)
-        for c, g in zip(grads, gradients, strict=True)
-    )
-    second = iter(vjp(cotangents))
-    result = tuple(next(second) if t is not None else None for t in primals)
-    return (*result, *(None,) * 9)
-
-
-torch.library.register_autograd(
-    "normally::batch_norm",
-    _autograd_backward,
-    setup_context=lambda ctx, inputs, output: save(ctx, inputs, output),
-    lib=LIBRARY,
-)
-torch.library.register_autograd(
-    "normally::batch_norm_backward",
-    double_backward,
-    setup_context=lambda ctx, inputs, output: save_backward(ctx, inputs, output),
-    lib=LIBRARY,
-)
-
-
-class EagerBatchNorm(torch.autograd.Function):
-    """The same derivative without the dispatcher's Python round trips, for plain eager autograd.
-
-    The operator's own registration costs 15 µs a step more, which is what a small tensor costs.
-    """
-
-    @classmethod
-    def apply(cls, *args: Any) -> Tensor:
-        """Without the base class's look for functorch, which the caller has done: 3 µs."""
-        output: Tensor = super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-        return output
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
-        arguments: tuple[Any, ...],
-        config: tuple[bool, float, int, int, float],
-    ) -> Tensor:
-        """`operator` is this file's `forward` or `forward_and_update`, called below autograd."""
-        with torch._C._AutoDispatchBelowAutograd():
-            output, stats, bits = operator(input, weight, bias, residual, mask, *arguments)
-        _remember(ctx, (input, weight, bias, residual, mask), stats, bits, config)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiable itself where the caller asked for a graph."""
-        # Outside of the guard below: unpacking may run a checkpointed forward, with autograd.
-        saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gradients = differentiate(ctx, saved, grad_output, backward)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                gradients = differentiate(ctx, saved, grad_output, backward)
-        return (*gradients, None, None, None, None)

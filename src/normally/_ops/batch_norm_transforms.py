@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import activation
+from . import activation, batch_norm_autograd
 from . import batch_norm as ops
 from ._library import LIBRARY
 
@@ -118,13 +118,16 @@ class TransformableBatchNorm(torch.autograd.Function):
         """The operator itself."""
         return ops.forward(*inputs)
 
-    setup_context = staticmethod(ops.save)
+    setup_context = staticmethod(batch_norm_autograd.save)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Through a function that has a derivative under transforms, too."""
         call = _TransformableBackward.apply
-        return (*ops.differentiate(ctx, ctx.saved_tensors, grad_output, call), *(None,) * 8)
+        return (
+            *batch_norm_autograd.differentiate(ctx, ctx.saved_tensors, grad_output, call),
+            *(None,) * 8,
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -137,8 +140,8 @@ class _TransformableBackward(torch.autograd.Function):
     def forward(*inputs: Any) -> Any:
         return ops.backward(*inputs)
 
-    setup_context = staticmethod(ops.save_backward)
-    backward = staticmethod(ops.double_backward)
+    setup_context = staticmethod(batch_norm_autograd.save_backward)
+    backward = staticmethod(batch_norm_autograd.double_backward)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from .. import _native, reference
 from .._ops import activation, running_stats
 from .._ops import batch_norm as ops
+from .._ops.batch_norm_autograd import EagerBatchNorm
 from .._ops.batch_norm_transforms import TransformableBatchNorm
 from ._batch_norm_checks import Call, checked, is_other_dim, prepare_residual, refuse_reserved
 from ._masks import prepare_mask
@@ -201,7 +202,7 @@ def _run_eagerly(call: Call) -> Tensor:
         operator = ops.forward_and_update
         arguments = (*buffers, call.momentum, call.unbiased, *config, save_bits)
     if differentiates:
-        output = ops.EagerBatchNorm.apply(*tensors, operator, arguments, (call.training, *config))
+        output = EagerBatchNorm.apply(*tensors, operator, arguments, (call.training, *config))
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output, _, _ = operator(*tensors, *arguments)
