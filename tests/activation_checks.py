@@ -30,7 +30,7 @@ def through(
     *,
     last: bool,
 ) -> Tensor:
-    """act(z) as a norm of `dtype` makes it: z is a bias, along the last dimension or the channels."""
+    """act(z) as a norm of `dtype` makes it: z is a bias, along the last or the channels."""
     n = z.shape[0]
     x = lay_out(values((3, 4, n) if last else (3, n, 4), dtype), layout)
     return function(x, torch.zeros_like(z), z, act, act_param)

@@ -145,7 +145,7 @@ def mask_shape(name: str, x: Tensor, settings: dict[str, Any]) -> tuple[int, ...
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the terms are that output and gradients are sums of: what errors are relative to."""
+    """How large the terms of output and gradients are: what errors are relative to."""
 
     z: Tensor | None  # before the activation, float64
     output: Tensor

@@ -163,9 +163,11 @@ def test_error_inputs(name: str) -> None:
     )
     assert inputs
     for error in inputs:
-        constructor = error.module_error_input.constructor_input
-        forward = error.module_error_input.forward_input
         for family in (torch.nn, nn):
             with pytest.raises(error.error_type, match=error.error_regex):
-                layer = getattr(family, name)(*constructor.args, **constructor.kwargs)
-                layer(*forward.args, **forward.kwargs)
+                construct_and_call(getattr(family, name), error.module_error_input)
+
+
+def construct_and_call(kind: type[torch.nn.Module], sample: Any) -> None:
+    constructor, forward = sample.constructor_input, sample.forward_input
+    kind(*constructor.args, **constructor.kwargs)(*forward.args, **forward.kwargs)

@@ -1,4 +1,4 @@
-"""Activations fused into layer norm, over rows and channels first equal torch's: in the tails, at kinks, NaN and infinity."""
+"""Activations fused into layer norm equal torch's: in the tails, at kinks, NaN and infinity."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_the_order_of_casting_is_seen(dtype: torch.dtype) -> None:
     assert_same_bits(rms_norm(x, (64,), torch.ones(64), EPS, casting="gemma"), plain)
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_order_does_not_matter_without_narrowing(dtype: torch.dtype) -> None:
     """float64 and float32 are computed in themselves, so at most the last units differ."""
     x, weight = values((9, 33), dtype), torch.randn(33, dtype=dtype)

@@ -106,3 +106,17 @@ def test_fast_path_is_taken_with_our_norms() -> None:
     with torch.no_grad(), Spy():
         model(torch.randn(3, 9, 32))
     assert sum("transformer_encoder_layer" in call for call in calls) == 2
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_fast_path_does_not_drop_an_activation(nested: bool) -> None:
+    """torch's fast path reads a norm's parameters; a norm that does more must be called."""
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    layer.norm1 = nn.LayerNorm(32, act="relu")
+    model: torch.nn.Module = layer
+    if nested:
+        model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(3, 9, 32)
+    with_gradients = model.eval()(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), with_gradients)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 #: Schemas are defined here, once; compiled libraries only add implementations.
 LIBRARY = torch.library.Library("normally", "DEF")
@@ -22,3 +23,23 @@ def define(schema: str, *, fallback: Callable[..., Any], fake: Callable[..., Any
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"normally::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.normally, name).default
+
+
+def map_elements(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """A vmap rule that calls `operator` once for every element of the mapped dimension.
+
+    For operators that are called as such: inside their rules torch takes no further vmap.
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            operator(
+                *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+    return rule

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import activation, batch_norm_autograd
 from . import batch_norm as ops
-from ._library import LIBRARY
+from . import batch_norm_autograd
+from ._library import LIBRARY, map_elements
 
 
 def _fold(tensor: Tensor | None, dim: int | None, size: int, channel_dim: int) -> Tensor | None:
@@ -37,7 +36,7 @@ def _map_forward(
     call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     if in_dims[4] is not None:  # a mask of its own for every element
-        return torch.func.vmap(_plain_forward, in_dims=in_dims)(*args), (0, 0, 0)
+        return map_elements(call)(info, in_dims, *args)
     size = info.batch_size
     input, weight, bias, residual, mean, var = (
         _fold(args[i], in_dims[i], size, channel_dim)
@@ -49,35 +48,13 @@ def _map_forward(
     return (_unfold(output, size, 1), _unfold(stats, size, 1), bits), (1, 1, None)
 
 
-def _plain_forward(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator as torch expressions."""
-    eps, correction, act, act_param = settings[:4]
-    output = reference.batch_norm(
-        input, mean, var, weight, bias, eps, residual=residual, mask=mask, correction=correction,
-        **activation.decode(act, act_param),
-    )  # fmt: skip
-    no_bits = input.new_empty((0, 0), dtype=torch.uint8)
-    if mean is None or var is None:
-        return output, ops.batch_statistics(input, mask), no_bits
-    return output, torch.stack((mean, var, torch.zeros_like(mean))).double(), no_bits
-
-
 def _map_backward(
     call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     if args[6] is not None:
         raise RuntimeError("normally::batch_norm_backward: saved bits cannot be mapped over.")
     if in_dims[5] is not None:
-        return torch.func.vmap(ops.plain_backward, in_dims=in_dims)(*args), (0, 0, 0, 0)
+        return map_elements(call)(info, in_dims, *args)
     size = info.batch_size
     grad_output, input, weight, bias, residual, stats = (
         _fold(args[i], in_dims[i], size, channel_dim)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from . import batch_norm
-from ._library import LIBRARY, define
+from ._library import LIBRARY, define, map_elements
 
 
 def _forward(
@@ -123,11 +123,7 @@ torch.library.register_autograd(
     setup_context=lambda ctx, inputs, output: _save(ctx, inputs, output),
     lib=LIBRARY,
 )
-torch.library.register_vmap(
-    "normally::frozen_batch_norm",
-    lambda info, in_dims, *args: (torch.func.vmap(_forward, in_dims=in_dims)(*args), 0),
-    lib=LIBRARY,
-)
+torch.library.register_vmap("normally::frozen_batch_norm", map_elements(operator), lib=LIBRARY)
 
 
 class EagerFrozenBatchNorm(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import hide
-from ._library import LIBRARY
+from ._library import LIBRARY, map_elements
 
 # What the backward must compute, as bits of `need`.
 NEED_INPUT, NEED_PARAMETERS = 1, 2
@@ -165,8 +165,10 @@ def make_differentiable(
         mapped = torch.func.vmap(plain_backward, in_dims=in_dims, randomness="error")
         return mapped(*arguments), (0, 0, 0)
 
-    torch.library.register_vmap(f"normally::{name}", map_forward, lib=LIBRARY)
-    torch.library.register_vmap(f"normally::{name}_backward", map_backward, lib=LIBRARY)
+    for suffix, operator in (("", forward), ("_backward", backward)):
+        torch.library.register_vmap(
+            f"normally::{name}{suffix}", map_elements(operator), lib=LIBRARY
+        )
 
     class Eager(torch.autograd.Function):
         """The derivative without the dispatcher's Python round trips, for plain eager autograd."""

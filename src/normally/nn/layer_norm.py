@@ -67,6 +67,8 @@ class LayerNorm(torch.nn.LayerNorm):
         self.act = act
         self.act_param = act_param
         self.dim = dim
+        if act is not None or dim is not None:
+            self.register_forward_pre_hook(_is_called)
 
     def forward(  # type: ignore[override]  # a residual gives two results
         self,
@@ -97,3 +99,11 @@ class LayerNorm(torch.nn.LayerNorm):
     def extra_repr(self) -> str:
         """torch's, then what differs from torch's defaults."""
         return super().extra_repr() + shown(self, act=None, act_param=None, dim=None)
+
+
+def _is_called(layer: torch.nn.Module, args: tuple[object, ...]) -> None:
+    """Nothing. torch's transformer layers take a norm's parameters and leave its call out.
+
+    In evaluation their fast path would drop the activation without a word; a module with hooks is
+    called.
+    """
