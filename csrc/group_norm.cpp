@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, OptionalT
   std::vector<double> dweights(wants_dweight ? channels : 0), dbiases(wants_dbias ? channels : 0);
   if (input.numel() == 0) {
     if (wants_dx) dx = fresh_like(is_dense(input) ? input : torch::stable::clone(input));
-  } else {
+  } else if (wants_dx || wants_dweight || wants_dbias) {
     const Samples samples(input);
     if (wants_dx) dx = fresh_like(samples.x);
     const Tensor dy = laid_out_as(grad_output, samples.x);

@@ -65,7 +65,10 @@ class GroupNormBackward {
 
   Affine<F> affine(int64_t sample, int64_t c) const {
     const int64_t i = sample * groups.groups + c / groups.channels;
-    return affine_of(call.mean[i], rstds[i], call.sample.weight, call.sample.bias, c);
+    Affine<F> a = affine_of(call.mean[i], rstds[i], call.sample.weight, call.sample.bias, c);
+    // The terms of a value that is its own mean cancel; rounded, they would not quite.
+    if (groups.run == 1) a.scale = 0;
+    return a;
   }
 
   // The sums of a channel, given with x - hi.
@@ -77,6 +80,8 @@ class GroupNormBackward {
 
   // From the sums of a group's channels to what is taken from each g.
   void merge(int64_t i) {
+    slopes[i] = {F(0), F(0)};
+    if (groups.run == 1) return;
     const int64_t first = i % groups.groups * groups.channels;
     const Sums* of_channel = &sums[i / groups.groups * g.channels];
     double s1 = 0, s2 = 0;

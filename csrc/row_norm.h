@@ -86,7 +86,7 @@ struct SampleAffine {
 // s2 = Σ g·weight·(x - hi).
 template <typename F>
 struct SampleSlope {
-  F slope, constant;
+  F slope = 0, constant = 0;
 
   SampleSlope() = default;
   SampleSlope(const RowNorm& norm, double mean, double rstd, double s1, double s2) {

@@ -109,6 +109,8 @@ class Rows {
     double s1 = 0, s2 = 0;
     call.act ? add_up(r, z, &s1, &s2) : add_up(r, r.dy, &s1, &s2);
     r.s = SampleSlope<F>(call, mean, rstd, s1, s2);
+    // The terms of a value that is its own mean cancel; rounded, they would not quite.
+    if (call.centred && call.n == 1) r.a.scale = 0, r.s = {};
     return r;
   }
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from normally import _native
 from normally._ops import activation
 from normally._ops.group_norm import group_norm
 from normally._ops.layer_norm import layer_norm
@@ -152,9 +151,6 @@ def test_opcheck_of_the_backward(name: str, dtype: torch.dtype) -> None:
                 given[position] = given[position].detach().requires_grad_()
         is_first = index == 1 and dtype is torch.float32
         utils = (*QUICK, "test_aot_dispatch_dynamic") if is_first else QUICK
-        if _native.loaded is None:
-            # The fallback is a torch.func.vjp, and opcheck's modes cannot look into its wrappers.
-            utils = ("test_autograd_registration",)
         torch.library.opcheck(backward, tuple(given), test_utils=utils, atol=1e-2, rtol=1e-2)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,3 +44,16 @@ def map_elements(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     return rule
+
+
+@contextmanager
+def autograd_again() -> Iterator[None]:
+    """Autograd inside an operator's implementation, which torch runs below it."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+        if excluded.has(key):
+            excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import hide
-from ._library import define
+from ._library import autograd_again, define
 from .norm_autograd import (
     NEED_INPUT,
     NEED_PARAMETERS,
@@ -159,10 +159,23 @@ def define_norm(
     ) -> tuple[Tensor, Tensor, Tensor]:
         mask, _stats, *settings, _need = rest
         results = fake_backward(grad_output, grad_sum, input, weight, bias, *rest)
-        tensors = (grad_output, grad_sum, input, weight, bias)
-        for target, gradient in zip(results, gradients(*tensors, mask, settings), strict=True):
+        if input.numel() == 0:
+            for target in results:
+                target.zero_()
+            return results
+        given = (input, weight, bias)
+        present = [t.detach().requires_grad_() for t in given if t is not None]
+        leaves = iter(present)
+        with autograd_again():
+            tensors = (next(leaves) if t is not None else None for t in given)
+            output = formula(*tensors, mask, *settings)
+            found = iter(torch.autograd.grad(output, present, grad_output))
+        for target, tensor in zip(results, given, strict=True):
+            gradient = next(found) if tensor is not None else None
             if gradient is not None and target.numel():
                 target.copy_(gradient)
+        if grad_sum is not None and results[0].numel():
+            results[0].add_(hide(grad_sum, mask))
         return results
 
     forward = define(

@@ -116,3 +116,12 @@ def rows_of_mask(mask: Tensor | None, start_dim: int) -> Tensor | None:
             return None
         mask = mask.narrow(d, 0, 1)
     return mask
+
+
+def in_layout_of(output: Tensor, input: Tensor) -> Tensor:
+    """A formula's output with the strides that an operator's has: those of a dense input."""
+    if is_tracing() or torch._C._are_functorch_transforms_active():
+        return output  # strides have no meaning there
+    if output.stride() == input.stride():
+        return output
+    return torch.empty_like(input, dtype=output.dtype).copy_(output)

@@ -17,7 +17,7 @@ from ._checks import (
     normalized_dims,
     prepare_sum,
 )
-from ._masks import prepare_mask, rows_of_mask
+from ._masks import in_layout_of, prepare_mask, rows_of_mask
 
 
 def layer_norm(
@@ -177,6 +177,6 @@ def _layer_norm(
             output = reference.layer_norm(
                 total, shape, weight, bias, eps, act=act, act_param=act_param, mask=mask
             )
-            return output, total
+            return in_layout_of(output, input), in_layout_of(total, input)
         mask = rows
     return operator(input, residual, weight, bias, mask, start, len(shape), eps, *fused)

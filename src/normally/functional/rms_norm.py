@@ -18,7 +18,7 @@ from ._checks import (
     normalized_dims,
     prepare_sum,
 )
-from ._masks import prepare_mask, rows_of_mask
+from ._masks import in_layout_of, prepare_mask, rows_of_mask
 
 _EPS, _EPS_OF_FLOAT64 = (reference.default_eps(dtype) for dtype in (torch.float32, torch.float64))
 
@@ -170,7 +170,7 @@ def _rms_norm(
                 total, shape, weight, eps, casting=casting,
                 zero_centered_weight=zero_centered_weight, mask=mask,
             )  # fmt: skip
-            return output, total
+            return in_layout_of(output, input), in_layout_of(total, input)
         mask = rows
     return operator(input, residual, weight, None, mask, start, eps, code, zero_centered_weight)
 

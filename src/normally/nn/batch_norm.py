@@ -6,22 +6,20 @@ parameters, buffers and state dict. The maths is `normally.functional.batch_norm
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer
 
 from .. import functional
 from .._ops import activation
 from ._location import dims_error, located
+from ._options import shown
+from ._skipped_updates import CountsSkippedUpdates, warn_of_half_statistics
 from ._tracing import traced
 
 _ON_SINGLE_VALUE = ("error", "running")
 
 
-class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
     """What the layers add to torch's: options, a protected update, one fused call."""
 
     act: str | None
@@ -31,7 +29,6 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     correction: int
     on_single_value: str
     memory_efficient: bool
-    _skipped_updates: Tensor | None
 
     def __init__(
         self,
@@ -94,41 +91,6 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self.on_single_value = on_single_value
         self.memory_efficient = memory_efficient
 
-    def _count_skipped_updates(self) -> None:
-        """Start the counter beside the running statistics, which is not part of a state dict."""
-        running = self.running_mean
-        if running is None or isinstance(running, UninitializedBuffer):
-            counter = None
-        else:
-            counter = torch.zeros(running.shape, dtype=torch.long, device=running.device)
-        self.register_buffer("_skipped_updates", counter, persistent=False)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """torch's; refused updates of another past do not count for the statistics loaded now."""
-        super()._load_from_state_dict(*args, **kwargs)
-        self._count_skipped_updates()
-
-    @property
-    def skipped_updates(self) -> Tensor:
-        """How many times a channel's running statistics refused a non-finite batch, in total."""
-        if self._skipped_updates is None:
-            return torch.zeros((), dtype=torch.long)
-        return self._skipped_updates.sum()
-
-    def reset_running_stats(self) -> None:
-        """Mean 0, variance 1, no batches: as new."""
-        super().reset_running_stats()
-        if getattr(self, "_skipped_updates", None) is not None:
-            self._skipped_updates.zero_()  # type: ignore[union-attr]
-
-    def reset_parameters(self) -> None:
-        """Fresh running statistics, γ = 1 and β = 0 where the layer has them."""
-        self.reset_running_stats()
-        if self.affine:
-            torch.nn.init.ones_(self.weight)
-            if self.bias is not None:
-                torch.nn.init.zeros_(self.bias)
-
     def forward(
         self,
         input: Tensor,
@@ -146,7 +108,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             running_mean, running_var = self.running_mean, self.running_var
             tracks = self.track_running_stats or not training
             if running_mean is not None and training and running_mean.dtype is torch.float16:
-                _warn_of_half_statistics()
+                warn_of_half_statistics(self)
             return functional.batch_norm(
                 input,
                 running_mean if tracks else None,
@@ -178,33 +140,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             f"affine={self.affine}, bias={self.bias is not None}, "
             f"track_running_stats={self.track_running_stats}"
         )
-        for name, default in _DEFAULTS.items():
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value!r}"
-        return text
-
-
-_DEFAULTS: dict[str, Any] = {
-    "act": None,
-    "act_param": None,
-    "channel_dim": 1,
-    "unbiased": True,
-    "correction": 0,
-    "on_single_value": "error",
-    "memory_efficient": False,
-}
-
-
-def _warn_of_half_statistics() -> None:
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            "BatchNorm is training with float16 running statistics: they cannot hold a variance "
-            "above 65504 and lose small updates. Keep the layer in float32; it takes float16 "
-            "inputs as it is.",
-            UserWarning,
-            stacklevel=3,
-        )
+        return text + shown(
+            self, act=None, act_param=None, channel_dim=1, unbiased=True, correction=0,
+            on_single_value="error", memory_efficient=False,
+        )  # fmt: skip
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -235,9 +174,9 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         memory_efficient: not implemented yet.
 
     >>> layer = BatchNorm1d(2, act="relu")
-    >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+    >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach()
     tensor([[0.0000, 0.0000],
-            [1.0000, 1.0000]], grad_fn=<EagerBatchNormBackward>)
+            [1.0000, 1.0000]])
     """
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ._lazy import LazyNorm
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 
 
-class _LazyBatchNorm(_BatchNorm):
+class _LazyBatchNorm(LazyNorm, _BatchNorm):
     """What the lazy layers share: `num_features` comes from the first input."""
-
-    # From torch's lazy class, which stands behind this one in the method resolution order.
-    has_uninitialized_params: Callable[[], bool]
 
     def __init__(
         self,
@@ -36,31 +30,14 @@ class _LazyBatchNorm(_BatchNorm):
         on_single_value: str = "error",
         memory_efficient: bool = False,
     ) -> None:
-        lazy: Any = torch.nn.modules.batchnorm._LazyNormBase  # which takes no num_features
-        lazy.__init__(self, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
+        self._start_lazily(bias, eps, momentum, affine, track_running_stats, device, dtype)
         self._configure(
             act, act_param, channel_dim, unbiased, correction, on_single_value, memory_efficient
         )
-        self.register_buffer("_skipped_updates", None, persistent=False)
-
-    def reset_parameters(self) -> None:
-        """Nothing before the first input."""
-        if not self.has_uninitialized_params() and self.num_features != 0:
-            super().reset_parameters()
 
     def initialize_parameters(self, input: Tensor, *args: object, **kwargs: object) -> None:
         """Take `num_features` from the first input and create parameters and buffers."""
-        self.num_features = input.shape[self.channel_dim]
-        if not self.has_uninitialized_params():
-            return  # a state dict came first
-        shape = (self.num_features,)
-        for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
-            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-                tensor.materialize(shape)
-        self.reset_parameters()
-        self._count_skipped_updates()
+        self._take_features(input.shape[self.channel_dim])
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ._lazy import LazyNorm
 from ._location import located
 from .instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, _InstanceNorm
 
 
-class _LazyInstanceNorm(_InstanceNorm):
+class _LazyInstanceNorm(LazyNorm, _InstanceNorm):
     """What the lazy layers share: `num_features` comes from the first input."""
-
-    # From torch's lazy class, which stands behind this one in the method resolution order.
-    has_uninitialized_params: Callable[[], bool]
 
     def __init__(
         self,
@@ -32,17 +26,8 @@ class _LazyInstanceNorm(_InstanceNorm):
         act: str | None = None,
         act_param: float | None = None,
     ) -> None:
-        lazy: Any = torch.nn.modules.batchnorm._LazyNormBase  # which takes no num_features
-        lazy.__init__(self, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:
-            self.register_parameter("bias", None)
+        self._start_lazily(bias, eps, momentum, affine, track_running_stats, device, dtype)
         self._configure(act, act_param)
-        self.register_buffer("_skipped_updates", None, persistent=False)
-
-    def reset_parameters(self) -> None:
-        """Nothing before the first input."""
-        if not self.has_uninitialized_params() and self.num_features != 0:
-            super().reset_parameters()
 
     def initialize_parameters(self, input: Tensor, *args: object, **kwargs: object) -> None:
         """Take `num_features` from the first input, with or without a batch."""
@@ -51,14 +36,7 @@ class _LazyInstanceNorm(_InstanceNorm):
         except ValueError as error:
             raise located(error, self) from None
         channel_dim = input.dim() - self._get_no_batch_dim()  # type: ignore[no-untyped-call]
-        self.num_features = input.shape[channel_dim]
-        if not self.has_uninitialized_params():
-            return  # a state dict came first
-        for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
-            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-                tensor.materialize((self.num_features,))
-        self.reset_parameters()
-        self._count_skipped_updates()
+        self._take_features(input.shape[channel_dim])
 
 
 class LazyInstanceNorm1d(_LazyInstanceNorm, torch.nn.LazyInstanceNorm1d):

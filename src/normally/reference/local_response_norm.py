@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .normalization import widen
@@ -24,8 +24,6 @@ def local_response_norm(
     x = widen(input)
     channels = x.shape[1]
     below, above = size // 2, (size - 1) // 2
-    square = x.square()
-    edge = [torch.zeros_like(square[:, :1]).expand(-1, n, *x.shape[2:]) for n in (below, above)]
-    padded = torch.cat([edge[0], square, edge[1]], 1)
+    padded = F.pad(x.square(), [0, 0] * (x.dim() - 2) + [below, above])
     total = sum(padded[:, i : i + channels] for i in range(size))
     return (x * (k + alpha / size * total) ** -beta).to(input.dtype)
