@@ -122,13 +122,14 @@ inline Compute<T> first_shift(const T* x, int64_t rows, int64_t stride, int64_t 
   return static_cast<F>(sums.moments(rows * count).mean);
 }
 
-// The mean of the first values as a shift: relative to the very first, so that equal values give
-// exactly themselves, and of so many that one outlier among them cannot spoil it.
+// The mean of the first eighth of the values, or of 64, as a shift: relative to the very first, so
+// that equal values give exactly themselves, and of so many that neither an outlier among them nor
+// a step behind them takes more than a digit from the sums.
 template <typename T>
 inline Compute<T> shift_of(const T* x, int64_t count) {
   using F = Compute<T>;
-  constexpr int64_t kWidth = kLanes<T>, kSample = 512;
-  count = std::min(count, kSample);
+  constexpr int64_t kWidth = kLanes<T>;
+  count = std::min(count, std::clamp<int64_t>(count / 8, 64, 512));
   const F first = static_cast<F>(x[0]);
   Vec<F> s[2] = {};
   int64_t i = 0;
