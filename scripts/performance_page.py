@@ -273,6 +273,8 @@ def _machines(runs: dict[Operator, Results]) -> Iterator[str]:
 
 def main(paths: Sequence[str]) -> None:
     """Write the page and the figures."""
+    if not paths:
+        raise SystemExit("performance_page: name the published runs, benchmarks/results/*.json.")
     runs = newest(paths)
     PAGE.write_text(build(runs), encoding="utf-8")
     folder = DOCS / FIGURES
