@@ -39,6 +39,7 @@ def layer_norm(
         act_param: leaky_relu's slope, elu's alpha.
         mask: bool, broadcastable to `input`; False enters no statistic and gives 0.
 
+    >>> import torch
     >>> layer_norm(torch.tensor([[1.0, 3.0]]), (2,), eps=0.0)
     tensor([[-1.,  1.]])
     """

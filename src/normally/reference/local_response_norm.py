@@ -18,6 +18,7 @@ def local_response_norm(
     The sum of a channel c is over the `size` channels c - size//2 … c + (size - 1)//2, those that
     exist; torch's convention, in which alpha is divided by `size`.
 
+    >>> import torch
     >>> local_response_norm(torch.tensor([[1.0, 2.0]]), size=1, alpha=1.0, beta=1.0)
     tensor([[0.5000, 0.4000]])
     """

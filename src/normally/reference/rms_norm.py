@@ -38,7 +38,7 @@ def rms_norm(
         mask: bool, broadcastable to `input`; False enters no statistic and gives 0.
 
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), (2,), eps=0.0) * 12.5**0.5
-    tensor([[3.0000, 4.0000]])
+    tensor([[3., 4.]])
     """
     x = hide(widen(input), mask)
     if eps is None:
