@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ._skipped_updates import CountsSkippedUpdates
@@ -41,8 +40,3 @@ class LazyNorm(CountsSkippedUpdates):
                 tensor.materialize((num_features,))
         self.reset_parameters()
         self._count_skipped_updates()
-
-    # Declared for the subclasses' initialize_parameters, which torch's machinery calls.
-    def initialize_parameters(self, input: Tensor, *args: object, **kwargs: object) -> None:
-        """Take `num_features` from the first input."""
-        raise NotImplementedError
