@@ -102,3 +102,15 @@ def test_empty(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         y.sum().backward()
         assert x.grad is not None
         assert x.grad.shape == shape
+
+
+def test_vmap_over_input_and_mask() -> None:
+    x, mask = torch.randn(3, 4, 5, 6), torch.rand(3, 4, 1, 6) > 0.3
+    mean, var = torch.randn(5), torch.rand(5) + 0.5
+
+    def call(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return frozen_batch_norm(x, mean, var, mask=mask)
+
+    mapped = torch.func.vmap(call)(x, mask)
+    for index in range(3):
+        assert torch.equal(mapped[index], call(x[index], mask[index]))
