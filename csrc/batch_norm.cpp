@@ -3,7 +3,6 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <memory>
 #include <tuple>
 
 #include "kept.h"
@@ -12,48 +11,6 @@
 
 namespace normally {
 namespace {
-
-enum Need : int64_t { kNeedInput = 1, kNeedParameters = 2, kNeedResidual = 4 };
-
-// A tensor that the kernels read, and one that they write: as it is, or what a mask keeps of it.
-template <typename T>
-class Operand {
- public:
-  Operand(const Kept* kept, const OptionalTensor& t) {
-    if (!t) return;
-    pointer_ = static_cast<const T*>(t->const_data_ptr());
-    if (!kept) return;
-    compact_ = std::make_unique_for_overwrite<T[]>(kept->geometry().numel());
-    kept->gather(pointer_, compact_.get());
-    pointer_ = compact_.get();
-  }
-  const T* data() const { return pointer_; }
-
- private:
-  const T* pointer_ = nullptr;
-  std::unique_ptr<T[]> compact_;
-};
-
-template <typename T>
-class Result {
- public:
-  Result(const Kept* kept, Tensor& t, bool wanted) : kept_(kept) {
-    if (!wanted) return;
-    full_ = pointer_ = static_cast<T*>(t.mutable_data_ptr());
-    if (!kept) return;
-    compact_ = std::make_unique_for_overwrite<T[]>(kept->geometry().numel());
-    pointer_ = compact_.get();
-  }
-  T* data() { return pointer_; }
-  void finish() const {
-    if (kept_ && full_) kept_->scatter(compact_.get(), full_);
-  }
-
- private:
-  const Kept* kept_;
-  T *full_ = nullptr, *pointer_ = nullptr;
-  std::unique_ptr<T[]> compact_;
-};
 
 std::optional<Kept> kept_of(const OptionalTensor& mask, const Tensor& x) {
   if (!mask) return std::nullopt;
@@ -107,8 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, OptionalTensor w
     using T = decltype(type);
     const Values<Compute<T>> weights(weight), biases(bias);
     const Kept* keeps = kept ? &*kept : nullptr;
-    const Operand<T> xs(keeps, x), residuals(keeps, r);
-    Result<T> ys(keeps, output, true);
+    const KeptInput<T> xs(keeps, read<T>(x)), residuals(keeps, read<T>(r));
+    KeptOutput<T> ys(keeps, write<T>(output));
     ForwardCall<T> call;
     call.geometry = geometry;
     call.training = !mean;
@@ -168,13 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const int64_t channels = input.size(1);
   Tensor dx = need & kNeedInput ? fresh_like(x) : nothing_like(input);
   Tensor dresidual = need & kNeedResidual ? fresh_like(x) : nothing_like(input);
-  const bool wants_dweight = weight && need & kNeedParameters;
-  const bool wants_dbias = bias && need & kNeedParameters;
-  Tensor dweight =
-      wants_dweight ? empty({channels}, {1}, weight->scalar_type()) : nothing_like(input);
-  Tensor dbias = wants_dbias ? empty({channels}, {1}, bias->scalar_type()) : nothing_like(input);
-  std::vector<double> dweights(wants_dweight ? channels : 0);
-  std::vector<double> dbiases(wants_dbias ? channels : 0);
+  ParameterGradient dweight(weight, input, need), dbias(bias, input, need);
 
   if (input.numel() > 0) {
     const Tensor dy = laid_out_as(grad_output, x);
@@ -184,8 +135,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
       using T = decltype(type);
       const Values<Compute<T>> weights(weight), biases(bias);
       const Kept* keeps = kept ? &*kept : nullptr;
-      const Operand<T> xs(keeps, x), dys(keeps, dy), residuals(keeps, r);
-      Result<T> dxs(keeps, dx, need & kNeedInput), drs(keeps, dresidual, need & kNeedResidual);
+      const KeptInput<T> xs(keeps, read<T>(x)), dys(keeps, read<T>(dy));
+      const KeptInput<T> residuals(keeps, read<T>(r));
+      KeptOutput<T> dxs(keeps, need & kNeedInput ? write<T>(dx) : nullptr);
+      KeptOutput<T> drs(keeps, need & kNeedResidual ? write<T>(dresidual) : nullptr);
       BackwardCall<T> call;
       call.geometry = geometry;
       call.training = training;
@@ -203,16 +156,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
       call.var = saved + channels;
       call.dx = dxs.data();
       call.dresidual = drs.data();
-      call.dweight = wants_dweight ? dweights.data() : nullptr;
-      call.dbias = wants_dbias ? dbiases.data() : nullptr;
+      call.dweight = dweight.sums();
+      call.dbias = dbias.sums();
       if (geometry.numel() > 0) batch_norm_backward(call);
       dxs.finish();
       drs.finish();
     });
   }
-  if (wants_dweight) write_values(dweights, dweight);
-  if (wants_dbias) write_values(dbiases, dbias);
-  return {dx, dresidual, dweight, dbias};
+  return {dx, dresidual, dweight.tensor(), dbias.tensor()};
 }
 
 }  // namespace

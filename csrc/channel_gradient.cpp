@@ -30,7 +30,7 @@ struct Gradient final : BackwardKernel<T> {
     return kWhole ? load(g) : load_first(g, count);
   }
 
-  // g at element `at` of memory, bit `i` of the bits's row.
+  // g at element `at` of memory, bit `i` of their row.
   template <bool kWhole>
   Vec<F> g(Vec<F> centred, Vec<F> scale, Vec<F> offset, int64_t at, const uint8_t* bits, int64_t i,
            int count) const {

@@ -18,7 +18,7 @@ struct Geometry {
 };
 
 // Up to this many elements a channel's rows are too short for vectors of their own, and the tensor
-// is walked as rows across all channels. _ops/batch_norm.py computes bits shapes with the same.
+// is walked as rows across all channels. _ops/bits.py has the same number.
 inline constexpr int64_t kMaxShortRow = 8;
 
 inline bool walks_rows(const Geometry& g) { return g.inner <= kMaxShortRow; }

@@ -9,8 +9,6 @@
 namespace normally {
 namespace {
 
-enum Need : int64_t { kNeedInput = 1, kNeedParameters = 2 };
-
 // The input with its samples one after the other in memory, and the geometry of each.
 struct Samples {
   Tensor dense, x;
@@ -82,18 +80,16 @@ void forward_kept(const GroupForward<T>& all, const std::vector<Kept>& kept, dou
     call.mean += n * groups;
     call.var += n * groups;
     const Geometry geometry = kept[n].geometry();
-    T* y = call.sample.y;
     std::fill_n(count + n * groups, groups, static_cast<double>(geometry.numel() / groups));
     std::fill_n(call.mean, groups, 0.0);
     std::fill_n(call.var, groups, 1.0);
-    const auto x = std::make_unique_for_overwrite<T[]>(geometry.numel());
-    const auto compact = std::make_unique_for_overwrite<T[]>(geometry.numel());
-    kept[n].gather(call.sample.x, x.get());
+    const KeptInput<T> x(&kept[n], call.sample.x);
+    KeptOutput<T> y(&kept[n], call.sample.y);
     call.sample.geometry = geometry;
-    call.sample.x = x.get();
-    call.sample.y = compact.get();
+    call.sample.x = x.data();
+    call.sample.y = y.data();
     if (geometry.numel() > 0) group_norm_forward(call);
-    kept[n].scatter(compact.get(), y);
+    y.finish();
   }
 }
 
@@ -109,16 +105,12 @@ void backward_kept(const GroupBackward<T>& all, const std::vector<Kept>& kept) {
     call.mean += n * groups;
     call.var += n * groups;
     const Geometry geometry = kept[n].geometry();
-    T* dx = call.sample.dx;
-    const auto x = std::make_unique_for_overwrite<T[]>(geometry.numel());
-    const auto dy = std::make_unique_for_overwrite<T[]>(geometry.numel());
-    const auto compact = std::make_unique_for_overwrite<T[]>(geometry.numel());
-    kept[n].gather(call.sample.x, x.get());
-    kept[n].gather(call.sample.dy, dy.get());
+    const KeptInput<T> x(&kept[n], call.sample.x), dy(&kept[n], call.sample.dy);
+    KeptOutput<T> dx(&kept[n], call.sample.dx);
     call.sample.geometry = geometry;
-    call.sample.x = x.get();
-    call.sample.dy = dy.get();
-    call.sample.dx = dx ? compact.get() : nullptr;
+    call.sample.x = x.data();
+    call.sample.dy = dy.data();
+    call.sample.dx = dx.data();
     call.sample.dweight = dweight_total ? dweight.data() : nullptr;
     call.sample.dbias = dbias_total ? dbias.data() : nullptr;
     if (geometry.numel() > 0) {
@@ -128,7 +120,7 @@ void backward_kept(const GroupBackward<T>& all, const std::vector<Kept>& kept) {
         if (dbias_total) dbias_total[c] += dbias[c];
       }
     }
-    if (dx) kept[n].scatter(compact.get(), dx);
+    dx.finish();
   }
 }
 
@@ -181,21 +173,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, OptionalT
   STD_TORCH_CHECK(!grad_sum, "normally::group_norm: there is no residual");
   check(input, weight, bias, mask, num_groups);
   check_like("group_norm", "grad_output", grad_output, input);
-  const int64_t count = input.size(0) * num_groups, channels = input.size(1);
+  const int64_t count = input.size(0) * num_groups;
   STD_TORCH_CHECK(stats.is_contiguous() && stats.scalar_type() == ScalarType::Double &&
                       stats.numel() == 3 * count,
                   "normally::group_norm_backward: stats must be those of the forward");
   const bool wants_dx = need & kNeedInput;
-  const bool wants_dweight = weight && need & kNeedParameters;
-  const bool wants_dbias = bias && need & kNeedParameters;
   Tensor dx = nothing_like(input);
-  Tensor dweight =
-      wants_dweight ? empty({channels}, {1}, weight->scalar_type()) : nothing_like(input);
-  Tensor dbias = wants_dbias ? empty({channels}, {1}, bias->scalar_type()) : nothing_like(input);
-  std::vector<double> dweights(wants_dweight ? channels : 0), dbiases(wants_dbias ? channels : 0);
+  ParameterGradient dweight(weight, input, need), dbias(bias, input, need);
   if (input.numel() == 0) {
     if (wants_dx) dx = fresh_like(is_dense(input) ? input : torch::stable::clone(input));
-  } else if (wants_dx || wants_dweight || wants_dbias) {
+  } else if (wants_dx || dweight.sums() || dbias.sums()) {
     const Samples samples(input);
     if (wants_dx) dx = fresh_like(samples.x);
     const Tensor dy = laid_out_as(grad_output, samples.x);
@@ -215,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, OptionalT
       call.sample.mean = call.sample.var = nullptr;
       call.sample.dx = wants_dx ? static_cast<T*>(dx.mutable_data_ptr()) : nullptr;
       call.sample.dresidual = nullptr;
-      call.sample.dweight = wants_dweight ? dweights.data() : nullptr;
-      call.sample.dbias = wants_dbias ? dbiases.data() : nullptr;
+      call.sample.dweight = dweight.sums();
+      call.sample.dbias = dbias.sums();
       call.mean = saved;
       call.var = saved + count;
       if (mask) {
@@ -227,9 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, OptionalT
     });
     if (wants_dx) dx = samples.back(dx);
   }
-  if (wants_dweight) write_values(dweights, dweight);
-  if (wants_dbias) write_values(dbiases, dbias);
-  return {dx, dweight, dbias};
+  return {dx, dweight.tensor(), dbias.tensor()};
 }
 
 }  // namespace

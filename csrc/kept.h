@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
@@ -109,6 +110,41 @@ class Kept {
       }
     }
   }
+};
+
+// What the kernels read of a tensor: all of it, or what a mask keeps.
+template <typename T>
+class KeptInput {
+ public:
+  KeptInput(const Kept* kept, const T* full) : pointer_(full) {
+    if (!kept || !full) return;
+    compact_ = std::make_unique_for_overwrite<T[]>(kept->geometry().numel());
+    kept->gather(full, compact_.get());
+    pointer_ = compact_.get();
+  }
+  const T* data() const { return pointer_; }
+
+ private:
+  const T* pointer_;
+  std::unique_ptr<T[]> compact_;
+};
+
+// Where they write one, likewise; `finish` brings what is kept to its positions.
+template <typename T>
+class KeptOutput {
+ public:
+  KeptOutput(const Kept* kept, T* full) : kept_(kept), full_(full) {
+    if (kept && full) compact_ = std::make_unique_for_overwrite<T[]>(kept->geometry().numel());
+  }
+  T* data() { return compact_ ? compact_.get() : full_; }
+  void finish() const {
+    if (compact_) kept_->scatter(compact_.get(), full_);
+  }
+
+ private:
+  const Kept* kept_;
+  T* full_;
+  std::unique_ptr<T[]> compact_;
 };
 
 }  // namespace normally

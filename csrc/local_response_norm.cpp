@@ -14,7 +14,6 @@ namespace normally {
 namespace {
 
 constexpr const char* kName = "local_response_norm";
-constexpr int64_t kNeedInput = 1;
 
 // One array of the scratch: what the second-level cache holds beside the operands, and for planes
 // that are taken together, the first-level cache.

@@ -10,6 +10,9 @@
 
 namespace normally {
 
+// What a backward is asked for: the bits of `need`, as in _ops.
+enum Need : int64_t { kNeedInput = 1, kNeedParameters = 2, kNeedResidual = 4 };
+
 // A parameter has `sizes`, and the input's dtype or float32 for a half input.
 inline void check_parameter(const char* op, const char* name, const OptionalTensor& t,
                             const Tensor& input, std::vector<int64_t> sizes) {
@@ -84,6 +87,34 @@ class Values {
  private:
   const F* data_ = nullptr;
   std::vector<F> values_;
+};
+
+// The gradient of a parameter: sums in double, then a tensor like it; an empty one where there is
+// no parameter or nobody asks.
+class ParameterGradient {
+ public:
+  ParameterGradient(const OptionalTensor& parameter, const Tensor& input, int64_t need)
+      : wanted_(parameter && need & kNeedParameters), result_(nothing_like(input)) {
+    if (!wanted_) return;
+    const std::vector<int64_t> sizes(parameter->sizes().begin(), parameter->sizes().end());
+    std::vector<int64_t> strides(sizes.size());
+    int64_t elements = 1;
+    for (size_t d = sizes.size(); d-- > 0; elements *= sizes[d]) strides[d] = elements;
+    result_ = empty_strided(sizes, strides, parameter->scalar_type());
+    sums_.resize(elements);
+  }
+
+  double* sums() { return wanted_ ? sums_.data() : nullptr; }
+
+  Tensor tensor() {
+    if (wanted_) write_values(sums_, result_);
+    return result_;
+  }
+
+ private:
+  bool wanted_;
+  Tensor result_;
+  std::vector<double> sums_;
 };
 
 }  // namespace normally

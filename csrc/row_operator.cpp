@@ -7,8 +7,6 @@
 namespace normally {
 namespace {
 
-enum Need : int64_t { kNeedInput = 1, kNeedParameters = 2 };
-
 // How the samples of a dense tensor lie: (outer, n, inner).
 struct Samples {
   int64_t outer, n, inner;
@@ -101,11 +99,6 @@ Values<F> weights_of(const RowSettings& s, const OptionalTensor& weight, int64_t
   return weight && s.zero_centered_weight ? std::move(weights).plus_one(n) : std::move(weights);
 }
 
-template <typename T>
-const T* read(const OptionalTensor& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> row_operator_forward(const RowSettings& s, const Tensor& input,
@@ -169,17 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> row_operator_backward(
   STD_TORCH_CHECK(stats.is_contiguous() && stats.scalar_type() == ScalarType::Double &&
                       stats.numel() == (s.centred ? 2 : 1) * count,
                   "normally::", s.op, ": stats must be those of the forward");
-  const bool wants_dweight = weight && need & kNeedParameters;
-  const bool wants_dbias = bias && need & kNeedParameters;
   Tensor dx = need & kNeedInput ? fresh_like(laid.x) : nothing_like(input);
-  std::vector<int64_t> strides(shape.size());
-  int64_t elements = 1;
-  for (size_t d = shape.size(); d-- > 0; elements *= shape[d]) strides[d] = elements;
-  Tensor dweight =
-      wants_dweight ? empty_strided(shape, strides, weight->scalar_type()) : nothing_like(input);
-  Tensor dbias =
-      wants_dbias ? empty_strided(shape, strides, bias->scalar_type()) : nothing_like(input);
-  std::vector<double> dweights(wants_dweight ? elements : 0), dbiases(wants_dbias ? elements : 0);
+  ParameterGradient dweight(weight, input, need), dbias(bias, input, need);
 
   if (input.numel() > 0) {
     const double* saved = static_cast<const double*>(stats.const_data_ptr());
@@ -202,14 +186,12 @@ std::tuple<Tensor, Tensor, Tensor> row_operator_backward(
       call.mean = s.centred ? saved : nullptr;
       call.rstd = s.centred ? saved + count : saved;
       call.dx = need & kNeedInput ? static_cast<T*>(dx.mutable_data_ptr()) : nullptr;
-      call.dweight = wants_dweight ? dweights.data() : nullptr;
-      call.dbias = wants_dbias ? dbiases.data() : nullptr;
+      call.dweight = dweight.sums();
+      call.dbias = dbias.sums();
       samples.inner == 1 ? row_norm_backward(call) : column_norm_backward(call);
     });
   }
-  if (wants_dweight) write_values(dweights, dweight);
-  if (wants_dbias) write_values(dbiases, dbias);
-  return {need & kNeedInput ? laid.back(dx) : dx, dweight, dbias};
+  return {need & kNeedInput ? laid.back(dx) : dx, dweight.tensor(), dbias.tensor()};
 }
 
 }  // namespace normally

@@ -130,4 +130,15 @@ inline void write_values(const std::vector<F>& values, Tensor& t) {
   });
 }
 
+// The elements of a tensor, and null where there is none.
+template <typename T>
+inline const T* read(const OptionalTensor& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+inline T* write(Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 }  // namespace normally

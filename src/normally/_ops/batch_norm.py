@@ -213,30 +213,12 @@ def _backward_fallback(
         for gradient in result:
             gradient.zero_()
         return result
-    gradients = plain_backward(
-        grad_output, input, weight, bias, residual, mask, bits, stats, training, eps, correction,
-        act, act_param, need,
-    )  # fmt: skip
+    formula = formula_of(mask, bits, stats, training, eps, correction, act, act_param)
+    gradients = formula(grad_output, input, weight, bias, residual)
     for target, gradient in zip(result, gradients, strict=True):
         if target.shape == gradient.shape:
             target.copy_(gradient)
     return result
-
-
-def plain_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    bits: Tensor | None,
-    stats: Tensor,
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    """The backward as torch expressions; every gradient, asked for or not."""
-    formula = formula_of(mask, bits, stats, *settings[:-1])
-    return formula(grad_output, input, weight, bias, residual)
 
 
 def _backward_fake(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import hide
-from ._library import LIBRARY, map_elements
+from ._library import LIBRARY, EagerFunction, map_elements, vjp
 
 # What the backward must compute, as bits of `need`.
 NEED_INPUT, NEED_PARAMETERS = 1, 2
@@ -34,18 +34,11 @@ def gradients_of(formula: Formula) -> Callable[..., tuple[Tensor | None, ...]]:
         mask: Tensor | None,
         settings: Any,
     ) -> tuple[Tensor | None, ...]:
-        given = (input, weight, bias)
-        present = [t for t in given if t is not None]
+        def of_tensors(*tensors: Tensor | None) -> Tensor:
+            return formula(*tensors, mask, *settings)
 
-        def of_present(*tensors: Tensor) -> Tensor:
-            values = iter(tensors)
-            return formula(
-                *(next(values) if t is not None else None for t in given), mask, *settings
-            )
-
-        _, vjp = torch.func.vjp(of_present, *present)  # type: ignore[misc]
-        results = iter(vjp(grad_output))
-        grad_input, *others = (next(results) if t is not None else None for t in given)
+        _, pull = vjp(of_tensors, (input, weight, bias))
+        grad_input, *others = pull(grad_output)
         if grad_sum is not None:
             assert grad_input is not None  # there is always an input
             grad_input = grad_input + hide(grad_sum, mask)
@@ -112,23 +105,18 @@ def make_differentiable(
 
     def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *primals, mask = ctx.saved_tensors
-        present = [t for t in primals if t is not None]
 
-        def of_present(*tensors: Tensor) -> tuple[Tensor, ...]:
-            values = iter(tensors)
-            given = (next(values) if t is not None else None for t in primals)
-            return tuple(g for g in gradients(*given, mask, ctx.settings) if g is not None)
+        def of_tensors(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            return tuple(g for g in gradients(*tensors, mask, ctx.settings) if g is not None)
 
-        first, vjp = torch.func.vjp(of_present, *present)  # type: ignore[misc]
+        first, pull = vjp(of_tensors, primals)
         # What was not asked for came back empty: its cotangent is zero.
         asked = iter(zip(grads, (True, *(t is not None for t in primals[3:])), strict=True))
         cotangents = tuple(
             c.to(g.dtype) if c is not None and c.shape == g.shape else torch.zeros_like(g)
             for (c, _), g in zip((pair for pair in asked if pair[1]), first, strict=True)
         )
-        second = iter(vjp(cotangents))
-        result = tuple(next(second) if t is not None else None for t in primals)
-        return (*result, *(None,) * (len(ctx.needs_input_grad) - 5))
+        return (*pull(cotangents), *(None,) * (len(ctx.needs_input_grad) - 5))
 
     torch.library.register_autograd(
         f"normally::{name}",
@@ -170,14 +158,7 @@ def make_differentiable(
             f"normally::{name}{suffix}", map_elements(operator), lib=LIBRARY
         )
 
-    class Eager(torch.autograd.Function):
-        """The derivative without the dispatcher's Python round trips, for plain eager autograd."""
-
-        @classmethod
-        def apply(cls, *args: Any) -> Any:
-            """Without the base class's look for functorch, which the caller has done: 3 µs."""
-            return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
+    class Eager(EagerFunction):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             """The output, and the sum where there is one."""

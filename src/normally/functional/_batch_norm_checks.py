@@ -8,7 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, ArgumentError, check_input, check_of_channels, different_devices
+from ._checks import ArgumentError, check_input, check_of_channels
 
 
 class Call(NamedTuple):
@@ -96,25 +96,6 @@ def is_other_dim(channel_dim: int, input: Tensor) -> bool:
             f"Got channel_dim={channel_dim}, input of shape {tuple(input.shape)}."
         )
     return channel_dim % dims != 1
-
-
-def prepare_residual(residual: Tensor, input: Tensor) -> Tensor:
-    """The residual in the input's shape, checked."""
-    if residual.dtype not in DTYPES:
-        raise TypeError(
-            f"batch_norm: residual must be floating point. Got residual.dtype={residual.dtype}."
-        )
-    if residual.device != input.device:
-        raise different_devices("residual", residual, input, "batch_norm")
-    if residual.shape == input.shape:
-        return residual
-    try:
-        return residual.expand_as(input)
-    except RuntimeError:
-        raise ValueError(
-            "batch_norm: residual must be broadcastable to the input's shape. "
-            f"Got input of shape {tuple(input.shape)}, residual of shape {tuple(residual.shape)}."
-        ) from None
 
 
 def _refuse_single_value(input: Tensor, count: int, correction: int) -> NoReturn:

@@ -134,25 +134,31 @@ def _other_shape(size: Size, given: tuple[int, ...], dim: int | None, caller: st
     return ArgumentError(words)
 
 
-def prepare_sum(input: Tensor, residual: Tensor, caller: str) -> tuple[Tensor, Tensor]:
-    """The terms of input + residual, checked, in one dtype and in the input's shape."""
-    check_input(input, caller)
+def prepare_residual(residual: Tensor, input: Tensor, caller: str) -> Tensor:
+    """The residual in the input's shape, checked."""
+    if residual.dtype not in DTYPES:
+        raise TypeError(
+            f"{caller}: residual must be floating point. Got residual.dtype={residual.dtype}."
+        )
     if residual.device != input.device:
         raise different_devices("residual", residual, input, caller)
-    if residual.dtype is not input.dtype:
-        if residual.dtype not in DTYPES:
-            raise TypeError(
-                f"{caller}: residual must be floating point. Got residual.dtype={residual.dtype}."
-            )
-        dtype = torch.promote_types(input.dtype, residual.dtype)
-        input, residual = input.to(dtype), residual.to(dtype)
     if not is_tracing():  # a traced call broadcasts or fails there
         if residual.shape == input.shape:
-            return input, residual
+            return residual
         sizes = zip(reversed(residual.shape), reversed(input.shape), strict=False)
         if residual.dim() > input.dim() or any(a != 1 and a != b for a, b in sizes):
             raise ValueError(
                 f"{caller}: residual must be broadcastable to the input's shape. Got input of "
                 f"shape {tuple(input.shape)}, residual of shape {tuple(residual.shape)}."
             )
-    return input, residual.expand_as(input)
+    return residual.expand_as(input)
+
+
+def prepare_sum(input: Tensor, residual: Tensor, caller: str) -> tuple[Tensor, Tensor]:
+    """The terms of input + residual, checked, in one dtype and in the input's shape."""
+    check_input(input, caller)
+    residual = prepare_residual(residual, input, caller)
+    if residual.dtype is not input.dtype:
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(dtype), residual.to(dtype)
+    return input, residual

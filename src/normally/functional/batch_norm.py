@@ -11,7 +11,8 @@ from .._ops import activation, running_stats
 from .._ops import batch_norm as ops
 from .._ops.batch_norm_autograd import EagerBatchNorm
 from .._ops.batch_norm_transforms import TransformableBatchNorm
-from ._batch_norm_checks import Call, checked, is_other_dim, prepare_residual, refuse_reserved
+from ._batch_norm_checks import Call, checked, is_other_dim, refuse_reserved
+from ._checks import prepare_residual
 from ._masks import prepare_mask
 
 
@@ -118,7 +119,7 @@ def batch_norm(
             mask = mask.movedim(channel_dim, 1)
     added = None
     if residual is not None:
-        residual = prepare_residual(residual, input)
+        residual = prepare_residual(residual, input, "batch_norm")
         if moved:
             residual = residual.movedim(channel_dim, 1)
         if residual.dtype != x.dtype:
@@ -202,7 +203,9 @@ def _run_eagerly(call: Call) -> Tensor:
         operator = ops.forward_and_update
         arguments = (*buffers, call.momentum, call.unbiased, *config, save_bits)
     if differentiates:
-        output = EagerBatchNorm.apply(*tensors, operator, arguments, (call.training, *config))
+        output: Tensor = EagerBatchNorm.apply(
+            *tensors, operator, arguments, (call.training, *config)
+        )
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output, _, _ = operator(*tensors, *arguments)
