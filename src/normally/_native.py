@@ -57,12 +57,15 @@ def load() -> str | None:
 
 
 def backends() -> dict[str, str]:
-    """What serves each device of this machine: compiled kernels or the reference implementation.
+    """What serves each device of this machine: kernels or the reference implementation.
 
     >>> sorted(backends())[0]
     'cpu'
     """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     served = {"cpu": f"compiled ({loaded})" if loaded else "reference"}
+    if not loaded and has_kernel("normally::batch_norm", "CPU"):
+        served["cpu"] = "Triton's interpreter"
     if torch.cuda.is_available():
-        served["cuda"] = "reference"
+        served["cuda"] = "Triton" if has_kernel("normally::batch_norm", "CUDA") else "reference"
     return served

@@ -9,19 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _triton
+
 #: Schemas are defined here, once; compiled libraries only add implementations.
 LIBRARY = torch.library.Library("normally", "DEF")
 
 
-def define(schema: str, *, fallback: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    *,
+    fallback: Callable[..., Any],
+    fake: Callable[..., Any],
+    gpu: str | None = None,
+) -> Any:
     """Define an operator by its schema and return its overload.
 
     `fallback` serves every device that nobody wrote a kernel for; a compiled kernel, registered
     for its own device, takes precedence. `fake` gives the outputs' shapes, dtypes and strides.
+    `gpu` names the function of `_triton` that fills them, "file.function".
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    if gpu is not None and _triton.device_type is not None:
+        LIBRARY.impl(name, _triton.implement(gpu, fake), _triton.device_type.upper())
     torch.library.register_fake(f"normally::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.normally, name).default
 

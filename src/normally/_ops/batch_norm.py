@@ -49,7 +49,7 @@ def _forward_fallback(
     output = torch.empty_like(input)
     no_bits = input.new_empty((0, 0), dtype=torch.uint8)
     if input.numel() == 0:
-        return output, _stats_like(input).zero_(), no_bits
+        return output, stats_like(input).zero_(), no_bits
     output.copy_(
         reference.batch_norm(
             input, mean, var, weight, bias, eps, residual=residual, mask=mask,
@@ -78,11 +78,12 @@ def _stats_dtype(input: Tensor) -> torch.dtype:
     return torch.float32 if input.device.type == "mps" else torch.float64
 
 
-def _stats_like(input: Tensor) -> Tensor:
+def stats_like(input: Tensor) -> Tensor:
+    """Uninitialized statistics of an input."""
     return input.new_empty((3, input.shape[1]), dtype=_stats_dtype(input))
 
 
-def _forward_fake(
+def forward_fake(
     input: Tensor,
     weight: Any,
     bias: Any,
@@ -98,7 +99,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = torch.empty_like(input)
     bits = input.new_empty(bits_shape(output) if save_bits else (0, 0), dtype=torch.uint8)
-    return output, _stats_like(input), bits
+    return output, stats_like(input), bits
 
 
 forward = define(
@@ -106,7 +107,8 @@ forward = define(
     "Tensor? mean, Tensor? var, float eps, int correction, int act, float act_param, "
     "bool save_bits) -> (Tensor output, Tensor stats, Tensor bits)",
     fallback=_forward_fallback,
-    fake=_forward_fake,
+    fake=forward_fake,
+    gpu="batch_norm.forward",
 )
 
 
@@ -140,7 +142,7 @@ def _forward_and_update_fallback(
 
 def _forward_and_update_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     unused = (None,) * 10
-    return _forward_fake(input, *unused, save_bits=args[-1])
+    return forward_fake(input, *unused, save_bits=args[-1])
 
 
 # `batch_norm` in training and `update_running_stats_` in one call, which saves 4 µs where the call
@@ -153,6 +155,7 @@ forward_and_update = define(
     "-> (Tensor output, Tensor stats, Tensor bits)",
     fallback=_forward_and_update_fallback,
     fake=_forward_and_update_fake,
+    gpu="batch_norm.forward_and_update",
 )
 
 
@@ -205,7 +208,7 @@ def _backward_fallback(
     act_param: float,
     need: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result = _backward_fake(
+    result = backward_fake(
         grad_output, input, weight, bias, residual, mask, bits, stats, training, eps, correction,
         act, act_param, need,
     )  # fmt: skip
@@ -221,7 +224,7 @@ def _backward_fallback(
     return result
 
 
-def _backward_fake(
+def backward_fake(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
@@ -255,5 +258,6 @@ backward = define(
     "int correction, int act, float act_param, int need) "
     "-> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)",
     fallback=_backward_fallback,
-    fake=_backward_fake,
+    fake=backward_fake,
+    gpu="batch_norm.backward",
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _triton
+
 #: A channel's rows of at most this many elements are walked across channels, as in
-#: csrc/geometry.h.
-MAX_SHORT_ROW = 8
+#: csrc/geometry.h; the GPU's kernels do so with single ones alone.
+_MAX_SHORT_ROW = 8
 
 
 def bits_shape(output: Tensor) -> tuple[int, int]:
@@ -17,7 +19,8 @@ def bits_shape(output: Tensor) -> tuple[int, int]:
     """
     channels = output.shape[1]
     inner = output.stride(1) if channels > 1 else output.numel()
-    row = channels * inner if inner <= MAX_SHORT_ROW else inner
+    longest = 1 if output.device.type == _triton.device_type else _MAX_SHORT_ROW
+    row = channels * inner if inner <= longest else inner
     return (output.numel() // row if row else 0), (row + 7) // 8
 
 

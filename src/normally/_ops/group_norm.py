@@ -34,6 +34,7 @@ group_norm = define_norm(
     "group_norm",
     "int num_groups, float eps, int act, float act_param",
     formula=_formula,
+    gpu="group_norm",
     # Mean, biased variance and number of values of every sample and group.
     stats_shape=lambda input, num_groups, *_: (3, input.shape[0], num_groups),
     statistics=_statistics,

@@ -38,6 +38,7 @@ layer_norm = define_norm(
     "layer_norm",
     "int start_dim, int num_dims, float eps, int act, float act_param",
     formula=_formula,
+    gpu="layer_norm",
     # Mean and 1/√(var + eps) of every sample.
     stats_shape=lambda input, start_dim, num_dims, *_: (2, rows(input, start_dim, num_dims)),
 )

@@ -28,4 +28,5 @@ local_response_norm = define_norm(
     "int size, float alpha, float beta, float k",
     formula=_formula,
     stats_shape=lambda *_: (0,),
+    gpu="local_response_norm",
 )

@@ -109,6 +109,7 @@ def define_norm(
     formula: Formula,
     stats_shape: Callable[..., tuple[int, ...]],
     statistics: Callable[..., Tensor] | None = None,
+    gpu: str | None = None,
 ) -> Norm:
     """Define the two operators of a norm and everything that derives from its formula.
 
@@ -118,6 +119,7 @@ def define_norm(
         formula: see `Formula`.
         stats_shape: (input, *settings) to the shape of `stats`.
         statistics: (input, mask, *settings) to `stats`, where more than our backward reads it.
+        gpu: the file of `_triton` with its `forward` and `backward`.
     """
     gradients = gradients_of(formula)
 
@@ -183,6 +185,7 @@ def define_norm(
         f"{settings}) -> (Tensor output, Tensor sum, Tensor stats)",
         fallback=run_formula,
         fake=fake_forward,
+        gpu=gpu and f"{gpu}.forward",
     )
     backward = define(
         f"{name}_backward(Tensor grad_output, Tensor? grad_sum, Tensor input, Tensor? weight, "
@@ -190,6 +193,7 @@ def define_norm(
         "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
         fallback=run_gradients,
         fake=fake_backward,
+        gpu=gpu and f"{gpu}.backward",
     )
     return Norm(
         formula, forward, backward, statistics,

@@ -32,6 +32,7 @@ rms_norm = define_norm(
     "rms_norm",
     "int start_dim, float eps, int casting, bool zero_centered_weight",
     formula=_formula,
+    gpu="rms_norm",
     # 1/√(mean(x²) + eps) of every sample.
     stats_shape=lambda input, start_dim, *_: (rows(input, start_dim, input.dim() - start_dim),),
 )

@@ -67,6 +67,7 @@ update = define(
     "bool unbiased) -> ()",
     fallback=_update_fallback,
     fake=_update_fake,
+    gpu="running_stats.update",
 )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import _native, reference
+from .. import _native, _triton, reference
 from .._ops import activation, running_stats
 from .._ops import batch_norm as ops
 from .._ops.batch_norm_autograd import EagerBatchNorm
@@ -131,11 +131,14 @@ def batch_norm(
         skipped_updates, training, momentum, unbiased, eps, correction, on_single_value, *fused,
     )  # fmt: skip
     if _is_plain(call):
-        try:
-            output = _run_eagerly(call)
-        except RuntimeError:
-            # The kernel checked in passing and changed nothing; find the words for what it saw.
-            output = _run(checked(call))
+        if not _checks_in_passing(call):
+            output = _run_eagerly(checked(call))
+        else:
+            try:
+                output = _run_eagerly(call)
+            except RuntimeError:
+                # The kernel changed nothing; find the words for what it saw.
+                output = _run(checked(call))
     elif torch._C._get_tracing_state() is not None:
         output = _run(call)  # a tracer would record the checks
     else:
@@ -153,7 +156,8 @@ def _is_plain(call: Call) -> bool:
     the kernel would not see them. Everything asked here costs less than 0.1 µs.
     """
     if (
-        _native.loaded is None
+        not _have_kernels(call[:9])
+        or call.input.dim() < 2
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -169,8 +173,23 @@ def _is_plain(call: Call) -> bool:
         and (call.eps > 0 or (call.eps == 0 and not call.training))
         and call.correction >= 0
         and call.on_single_value in ("error", "running")
-        and all(t is None or t.is_cpu for t in call[:9])
     )
+
+
+def _have_kernels(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether compiled kernels serve the device that all tensors are on."""
+    first = tensors[0]
+    assert first is not None
+    if first.is_cpu:
+        return (_native.loaded is not None or _triton.device_type == "cpu") and all(
+            t is None or t.is_cpu for t in tensors
+        )
+    return _triton.device_type == "cuda" and all(t is None or t.is_cuda for t in tensors)
+
+
+def _checks_in_passing(call: Call) -> bool:
+    """Whether the kernels refuse what they cannot take, which is cheaper there than here."""
+    return call.input.is_cpu and _native.loaded is not None
 
 
 def _differentiates(call: Call) -> bool:
