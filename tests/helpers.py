@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
-from normally import _native, functional, reference
+from normally import reference
+from tests.device import DEVICE as DEVICE
+from tests.device import cpu_only as cpu_only
+from tests.device import functional
+from tests.device import has_kernels as has_kernels
+from tests.device import needs_kernels as needs_kernels
+from tests.device import needs_native as needs_native
+from tests.device import on_device as on_device
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTS = (None, *reference.ACTIVATIONS)
@@ -23,10 +29,6 @@ KINKS = {
     "hardswish": (-3.0, 3.0),
     "hardsigmoid": (-3.0, 3.0),
 }
-
-needs_native = pytest.mark.skipif(
-    _native.loaded is None, reason="the compiled kernels are not loaded; the reference is"
-)
 
 
 def arithmetic(dtype: torch.dtype) -> float:

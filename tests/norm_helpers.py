@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normally import _native, functional, reference
+from normally import reference
+from tests.device import functional, has_kernels
 from tests.helpers import (
     KINKS,
     arithmetic,
@@ -323,7 +324,7 @@ def check_norm(
         # act' moves with the rounding of z: by no more than |act''| ≤ 2 of it, for every act here.
         dz = dz.abs() + 2 * g.abs() * sizes.output
     of_input, of_weight, of_bias = sizes.gradients(dz)
-    is_formula = _native.loaded is None or (
+    is_formula = not has_kernels() or (
         mask is not None and _varies_inside(name, mask, added, settings)
     )
     if settings.get("casting") == "llama" and is_formula:

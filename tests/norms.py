@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normally import functional, reference
+from normally import reference
+from tests.device import functional
 from tests.helpers import layouts_of
 
 Shape = tuple[int, ...]
@@ -265,8 +266,3 @@ def cases(norms: tuple[Norm, ...]) -> list[Any]:
 def dense_and_not(ndim: int) -> list[str]:
     """Every layout that keeps the values of a tensor."""
     return [name for name in layouts_of(ndim) if not name.startswith("expanded")]
-
-
-def has_kernel(operator: str) -> bool:
-    """Whether the operator's compiled CPU kernel is there, not only the formula."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"normally::{operator}", "CPU")

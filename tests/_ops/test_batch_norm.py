@@ -17,7 +17,7 @@ from tests.helpers import (
     arithmetic,
     lay_out,
     layouts_of,
-    needs_native,
+    needs_kernels,
     rounding,
     values,
 )
@@ -119,7 +119,7 @@ def test_opcheck_of_the_backward(shape: tuple[int, ...], dtype: torch.dtype) -> 
         torch.library.opcheck(BACKWARD, tuple(given), test_utils=utils, atol=1e-2, rtol=1e-2)
 
 
-@needs_native
+@needs_kernels
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
 def test_opcheck_with_saved_bits(act: str) -> None:
     for layout in layouts_of(4):
@@ -169,7 +169,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> No
     )
 
 
-@needs_native
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ACTS)
 def test_kernel_equals_fallback(act: str | None, dtype: torch.dtype) -> None:
@@ -189,7 +189,7 @@ def test_kernel_equals_fallback(act: str | None, dtype: torch.dtype) -> None:
             close(a, b, dtype, f"gradient of {name}, {layout}")
 
 
-@needs_native
+@needs_kernels
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
 def test_there_is_a_bit_for_every_element(act: str) -> None:
     for shape in ((3, 5, 4, 6), (2, 17, 7, 7), (9, 3, 1, 1), (4, 1, 3, 3), (33, 5, 2, 2)):

@@ -11,7 +11,7 @@ import torch
 
 from normally._ops import running_stats
 from normally.functional import batch_norm
-from tests.helpers import DTYPES, needs_native
+from tests.helpers import DTYPES, needs_kernels
 
 OP = torch.ops.normally.update_running_stats_.default
 
@@ -119,7 +119,7 @@ def test_versions_move_so_that_autograd_hears_of_it() -> None:
     assert var._version > 0
 
 
-@needs_native
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 def test_kernel_equals_fallback(momentum: float | None, dtype: torch.dtype) -> None:

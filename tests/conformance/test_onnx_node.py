@@ -14,7 +14,8 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from normally import functional, nn, reference
+from normally import nn, reference
+from tests.device import functional
 
 with warnings.catch_warnings():
     # Loading the modules makes the cases; numpy's warnings there are about ONNX' own arrays.
@@ -26,6 +27,8 @@ with warnings.catch_warnings():
     import onnx.backend.test.case.node.layernormalization
     import onnx.backend.test.case.node.lrn
     import onnx.backend.test.case.node.rmsnormalization  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("born_on_device")
 
 OPERATORS = {
     "BatchNormalization": 4, "GroupNormalization": 2, "InstanceNormalization": 2, "LRN": 2,

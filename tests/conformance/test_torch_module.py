@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from normally import nn
 from tests.conformance.agreement import assert_as_good
-from tests.helpers import assert_same_bits
+from tests.helpers import assert_same_bits, on_device
 
 with warnings.catch_warnings():
     # torch's test machinery scripts functions and asks for packages that are not there.
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_modules import module_db
+
+pytestmark = pytest.mark.usefixtures("born_on_device")
 
 INFOS = {info.module_cls.__name__: info for info in module_db if "Norm" in info.module_cls.__name__}
 NAMES = sorted(INFOS)
@@ -28,11 +32,17 @@ WITH_ERRORS = [name for name in NAMES if INFOS[name].module_error_inputs_func is
 
 def samples(name: str, dtype: torch.dtype, training: bool) -> list[Any]:
     info = INFOS[name]
-    return list(
-        info.module_inputs_func(
-            info, device="cpu", dtype=dtype, requires_grad=False, training=training
-        )
+    found = info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=False, training=training
     )
+    return [moved(sample) for sample in found]
+
+
+def moved(sample: Any) -> Any:
+    """The sample with its tensors on the device of the test."""
+    for given in (sample.constructor_input, sample.forward_input):
+        given.args, given.kwargs = tree_map_only(Tensor, on_device, (given.args, given.kwargs))
+    return sample
 
 
 def test_torch_has_samples_for_every_layer() -> None:
@@ -92,7 +102,7 @@ def test_samples_of_the_lazy_layers(name: str, training: bool) -> None:
         compare(theirs, lazy, x)
 
 
-def compare(theirs: torch.nn.Module, ours: torch.nn.Module, x: torch.Tensor) -> None:
+def compare(theirs: torch.nn.Module, ours: torch.nn.Module, x: Tensor) -> None:
     """Outputs, gradients and buffers; where they differ the float64 layer says who is right."""
     exact = copy.deepcopy(theirs).double()
     counted = getattr(ours, "num_batches_tracked", None)
@@ -165,7 +175,7 @@ def test_error_inputs(name: str) -> None:
     for error in inputs:
         for family in (torch.nn, nn):
             with pytest.raises(error.error_type, match=error.error_regex):
-                construct_and_call(getattr(family, name), error.module_error_input)
+                construct_and_call(getattr(family, name), moved(error.module_error_input))
 
 
 def construct_and_call(kind: type[torch.nn.Module], sample: Any) -> None:

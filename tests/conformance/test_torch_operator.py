@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normally import functional
-from normally.functional import batch_norm
 from tests.conformance.agreement import assert_as_good
+from tests.device import functional
+from tests.device.functional import batch_norm
 from tests.helpers import DTYPES
 
 with warnings.catch_warnings():

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from normally.functional import add_layer_norm, layer_norm
+from tests.device.functional import add_layer_norm, layer_norm
 from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 

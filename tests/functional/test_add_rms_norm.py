@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from normally.functional import add_rms_norm, rms_norm
 from normally.reference import CASTINGS
+from tests.device.functional import add_rms_norm, rms_norm
 from tests.helpers import DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 

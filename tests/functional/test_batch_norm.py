@@ -106,7 +106,7 @@ def test_gradients_in_any_layout(layout: str, gradient: str) -> None:
 @pytest.mark.parametrize("act", ACTS)
 def test_gradient_of_a_sum(act: str | None) -> None:
     """`y.sum().backward()` hands in one number with strides of 0."""
-    from normally.functional import batch_norm
+    from tests.device.functional import batch_norm
 
     for layout in ("contiguous", "channels_last"):
         x = lay_out(values((3, 5, 4, 6), torch.float32), layout)
@@ -123,7 +123,7 @@ def test_gradient_of_a_sum(act: str | None) -> None:
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    from normally.functional import batch_norm
+    from tests.device.functional import batch_norm
 
     names = ("input", "weight", "bias", "residual")
     tensors = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normally import reference
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import ACTS, DTYPES, KINKS, check_batch_norm, lay_out, rounding, values
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import assert_same_bits
 
 X = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.functional.test_batch_norm_property import views
 from tests.helpers import (
     ACTS,

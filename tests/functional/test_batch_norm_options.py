@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normally import reference
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import ACTS, assert_same_bits, check_batch_norm, values
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import ACTS, DTYPES, assert_same_bits, check_batch_norm, values
 
 # A vector of any width and its neighbours, a block and its neighbours, and primes between.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normally.functional import frozen_batch_norm
+from tests.device.functional import frozen_batch_norm
 from tests.helpers import DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normally.functional import group_norm, instance_norm, layer_norm
+from tests.device.functional import group_norm, instance_norm, layer_norm
 from tests.helpers import ACTS, DTYPES, lay_out, layouts_of, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally.functional import group_norm
 from tests.activation_checks import (
     check_kink,
     check_large_arguments,
     check_parameters,
     check_special_values,
 )
+from tests.device.functional import group_norm
 from tests.helpers import ACTS, DTYPES, KINKS
 
 

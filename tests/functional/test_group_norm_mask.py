@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normally.functional import group_norm
+from tests.device.functional import group_norm
 from tests.functional.test_batch_norm_property import views
 from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.mask_checks import (

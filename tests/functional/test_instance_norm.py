@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normally.functional import instance_norm
+from tests.device.functional import instance_norm
 from tests.helpers import (
     ACTS,
     DTYPES,

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normally.functional import instance_norm
+from tests.device.functional import instance_norm
 from tests.functional.test_batch_norm_property import views
 from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.mask_checks import (

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normally.functional import instance_norm
+from tests.device.functional import instance_norm
 from tests.helpers import DTYPES, assert_same_bits, lay_out, values
 from tests.norm_helpers import parameter_dtype
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normally.functional import layer_norm
+from tests.device.functional import layer_norm
 from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normally import _native
-from normally.functional import add_layer_norm, layer_norm
+from tests.device.functional import add_layer_norm, layer_norm
 from tests.functional.test_batch_norm_property import views
-from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, layouts_of, values
+from tests.helpers import ACTS, DTYPES, assert_same_bits, has_kernels, lay_out, layouts_of, values
 from tests.mask_checks import (
     check_compacted,
     check_forms,
@@ -71,7 +70,7 @@ def test_compacted_rows_have_the_same_bits(dtype: torch.dtype) -> None:
         weight, bias = ramp(shape[-1:], -1, 2, wide), ramp(shape[-1:], 1, -1, wide)
         x = values(shape, dtype)
         mask = random_mask(NAME, x, keep=keep)
-        check_compacted(NAME, x, weight, bias, mask, same_bits=_native.loaded is not None, act=act)
+        check_compacted(NAME, x, weight, bias, mask, same_bits=has_kernels(), act=act)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

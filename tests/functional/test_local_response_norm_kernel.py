@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from normally import reference
-from normally.functional import local_response_norm
-from tests.helpers import DTYPES, assert_same_bits, assert_within, lay_out
+from tests.device.functional import local_response_norm
+from tests.helpers import DTYPES, assert_same_bits, assert_within, cpu_only, lay_out
 
 #: One shape for every way to cut a tensor: short planes, which are transposed; planes that are
 #: walked as one row, alone and several at a time; columns of a plane in one and in many blocks.
@@ -173,6 +173,7 @@ def test_a_bad_value_stays_in_its_window(shape: tuple[int, ...], layout: str, va
         assert_same_bits(seen, clean, name)
 
 
+@cpu_only("its threads")
 @pytest.mark.parametrize("beta", [0.75, 0.6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES[1:])

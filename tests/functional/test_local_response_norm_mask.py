@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from normally.functional import local_response_norm
+from tests.device.functional import local_response_norm
 from tests.functional.test_batch_norm_property import views
 from tests.helpers import DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.mask_checks import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from normally.functional import rms_norm
 from normally.reference import CASTINGS
+from tests.device.functional import rms_norm
 from tests.helpers import DTYPES, assert_same_bits, lay_out, layouts_of, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 

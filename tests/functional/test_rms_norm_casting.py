@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally.functional import rms_norm
-from tests.helpers import DTYPES, assert_same_bits, needs_native, values
+from tests.device.functional import rms_norm
+from tests.helpers import DTYPES, assert_same_bits, needs_kernels, values
 
 HALVES = (torch.bfloat16, torch.float16)
 EPS = 1e-6
@@ -44,7 +44,7 @@ def units_apart(a: Tensor, b: Tensor) -> Tensor:
     return (a.contiguous().view(integer).long() - b.contiguous().view(integer).long()).abs()
 
 
-@needs_native  # the reference rounds once, from float64
+@needs_kernels  # the reference rounds once, from float64
 @pytest.mark.parametrize("casting", THEIRS)
 @pytest.mark.parametrize("size", [1, 7, 16, 17, 64, 257, 4096])
 def test_float32_equals_the_models(size: int, casting: str) -> None:

@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normally import _native
-from normally.functional import add_rms_norm, rms_norm
 from normally.reference import CASTINGS
+from tests.device.functional import add_rms_norm, rms_norm
 from tests.functional.test_batch_norm_property import views
-from tests.helpers import DTYPES, assert_same_bits, lay_out, layouts_of, values
+from tests.helpers import DTYPES, assert_same_bits, has_kernels, lay_out, layouts_of, values
 from tests.mask_checks import (
     check_compacted,
     check_forms,
@@ -63,9 +62,7 @@ def test_compacted_rows_have_the_same_bits(casting: str, dtype: torch.dtype) -> 
         weight = ramp(shape[-1:], -1, 2, parameter_dtype(dtype))
         x = values(shape, dtype)
         mask = random_mask(NAME, x, keep=keep)
-        check_compacted(
-            NAME, x, weight, None, mask, same_bits=_native.loaded is not None, casting=casting
-        )
+        check_compacted(NAME, x, weight, None, mask, same_bits=has_kernels(), casting=casting)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from normally import nn
-from tests.helpers import assert_same_bits, values
+from tests.helpers import assert_same_bits, on_device, values
 
 LAYERS = {"BatchNorm1d": (2, 3), "BatchNorm2d": (4,), "BatchNorm3d": (5,)}
 
@@ -95,7 +95,7 @@ def test_the_path_is_that_in_the_outermost_model(recompute: bool, lazy: bool) ->
         layer(single)
 
 
-X = values((4, 3, 5), torch.float32)
+X = on_device(values((4, 3, 5), torch.float32))
 BAD: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "rank": ({"input": X[..., None]}, ValueError),
     "channels": ({"input": X[:, :2]}, ValueError),

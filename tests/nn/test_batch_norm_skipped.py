@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normally import nn, reference
-from tests.helpers import assert_same_bits, values
+from tests.helpers import DEVICE, assert_same_bits, values
 
 
 def batch(seed: int, *bad: int) -> Tensor:
@@ -83,7 +83,7 @@ def test_the_cumulative_average_divides_by_what_entered(way: str) -> None:
     elif way == "meta":
         with torch.device("meta"):
             layer = nn.BatchNorm1d(3, momentum=None)
-        layer.to_empty(device="cpu").load_state_dict(state)
+        layer.to_empty(device=DEVICE).load_state_dict(state)
     layer(batch(4, 1))
     for channel, entered in ((0, (1, 3)), (1, (0, 1, 3)), (2, (0, 1))):
         good = [batch(step)[:, channel : channel + 1] for step in entered]

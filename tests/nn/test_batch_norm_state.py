@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from normally import nn
-from tests.helpers import assert_same_bits, values
+from tests.helpers import DEVICE, assert_same_bits, values
 
 SHAPES = {"BatchNorm1d": (6, 3, 4), "BatchNorm2d": (6, 3, 4, 2), "BatchNorm3d": (6, 3, 2, 1, 2)}
 NAMES = tuple(SHAPES)
@@ -153,7 +153,7 @@ def test_meta_then_empty_then_loaded(momentum: float | None) -> None:
         layer = nn.BatchNorm2d(3, momentum=momentum)
     assert all(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
     assert layer(torch.randn(2, 3, 4, 4, device="meta")).is_meta
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=DEVICE)
     for tensor in layer.buffers():  # what memory happened to hold
         tensor.fill_(77)
     layer.load_state_dict(source.state_dict())
@@ -179,7 +179,7 @@ def test_meta_then_assigned() -> None:
 def test_meta_then_empty_then_reset() -> None:
     with torch.device("meta"):
         layer = nn.BatchNorm2d(3)
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=DEVICE)
     for tensor in layer.buffers():
         tensor.fill_(77)
     layer.reset_parameters()

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from normally import nn
-from tests.helpers import assert_same_bits, values
+from tests.helpers import DEVICE, assert_same_bits, values
 
 SHAPE = (6, 3, 5, 5)
 
@@ -211,7 +211,7 @@ def test_autocast_to_bfloat16(training: bool) -> None:
         handle = net[1].register_forward_hook(
             lambda _m, given, out, seen=seen: seen.extend((given[0].dtype, out.dtype))
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             y = net(x)
         handle.remove()
         assert seen == [torch.bfloat16, torch.bfloat16]

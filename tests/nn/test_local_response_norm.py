@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from normally import nn, reference
-from tests.helpers import values
+from tests.helpers import on_device, values
 from tests.nn.layer_checks import (
     check_copies,
     check_located,
@@ -16,7 +16,7 @@ from tests.nn.layer_checks import (
     check_symbolic_tracing,
 )
 
-X = values((3, 6, 5), torch.float32)
+X = on_device(values((3, 6, 5), torch.float32))
 
 
 def test_signature_is_torchs() -> None:

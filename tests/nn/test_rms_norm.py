@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from normally import functional, nn, reference
-from tests.helpers import assert_same_bits, values
+from tests.helpers import assert_same_bits, on_device, values
 from tests.nn.layer_checks import (
     check_copies,
     check_located,
@@ -20,7 +20,7 @@ from tests.nn.layer_checks import (
     check_words_of_torch,
 )
 
-X = values((4, 6, 5), torch.float32)
+X = on_device(values((4, 6, 5), torch.float32))
 
 
 def test_signature_is_torchs_then_ours_by_keyword() -> None:

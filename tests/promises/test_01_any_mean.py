@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from normally import reference
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import is_dense, lay_out, layouts_of
 
 # The promise's number: absolute, for an output of unit scale.

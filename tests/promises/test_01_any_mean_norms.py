@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally import functional, reference
+from normally import reference
 from tests import norms
+from tests.device import functional
 from tests.helpers import is_dense, lay_out
 from tests.norms import Norm, Shape
 

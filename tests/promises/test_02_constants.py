@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import DTYPES, lay_out
 
 CONSTANTS = (0.1, 0.3, 1.0, 3.14159, 1e3, 65503.9, 1e7, 1.7e9, 1e15, 1e22, 1e30)

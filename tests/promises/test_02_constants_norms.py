@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally import functional
 from tests import norms
+from tests.device import functional
 from tests.helpers import DTYPES, arithmetic, lay_out
 from tests.norms import Norm, Shape
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 
 LARGEST = 2**25
 # The promise's number, relative; a float32 buffer takes 6e-8 of it.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally import functional
 from tests import norms
+from tests.device import functional
 from tests.helpers import lay_out
 from tests.norms import Shape
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally.functional import batch_norm
-from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, needs_native, values
+from tests.device.functional import batch_norm
+from tests.helpers import ACTS, DTYPES, assert_same_bits, cpu_only, lay_out, needs_kernels, values
 
 # The reference backend sums with torch's own reductions, which do depend on the threads; the
 # promise is the kernels'.
-pytestmark = [needs_native, pytest.mark.usefixtures("threads")]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("threads")]
 
 # Each is larger than any grain below which a kernel would not go parallel.
 SHAPES = [
@@ -46,6 +46,7 @@ def everything(
     }  # fmt: skip
 
 
+@cpu_only("its threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_one_thread_equals_many(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -9,14 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally import functional
 from tests import norms
-from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, needs_native, values
+from tests.device import functional
+from tests.helpers import (
+    ACTS,
+    DTYPES,
+    assert_same_bits,
+    cpu_only,
+    has_kernels,
+    lay_out,
+    needs_kernels,
+    values,
+)
 from tests.norms import Norm, Shape
 
 # The formula sums with torch's own reductions, which do depend on the threads and on the batch;
 # the promise is the kernels'.
-pytestmark = [needs_native, pytest.mark.usefixtures("threads")]
+pytestmark = [needs_kernels, pytest.mark.usefixtures("threads")]
 
 # Each is larger than any grain below which a kernel would not go parallel.
 LARGE = [
@@ -37,8 +46,8 @@ LARGE = [
 @pytest.fixture
 def kernel(norm: Norm) -> None:
     """Asked of compiled operators alone."""
-    if not norms.has_kernel(norm.operator):
-        pytest.skip(f"normally::{norm.operator} has no CPU kernel")
+    if not has_kernels(norm.operator):
+        pytest.skip(f"normally::{norm.operator} has no kernel there")
 
 
 def everything(
@@ -68,6 +77,7 @@ def everything(
     }
 
 
+@cpu_only("its threads")
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("norm", "shape"), LARGE, ids=str)
@@ -87,6 +97,7 @@ def test_one_thread_equals_many(norm: Norm, shape: Shape, dtype: torch.dtype) ->
                 assert_same_bits(other[name], one, f"{name}, {layout}, {act}, {turn}")
 
 
+@cpu_only("its threads")
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("norm", [norms.INSTANCE], ids=str)
@@ -188,6 +199,7 @@ def test_a_row_of_a_batch_that_exceeds_every_cache(norm: Norm) -> None:
         assert_same_bits(norm.ours(x[row], weight, bias), y[row])
 
 
+@cpu_only("its threads")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_masked_batch_norm(layout: str) -> None:
     """Statistics, gradients and buffers of the batch norm kernels with a mask."""

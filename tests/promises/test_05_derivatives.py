@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from normally import nn, reference
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import ACTS, KINKS, lay_out, values
 
 # torch scripts its own forward-mode decompositions when they are first used.
@@ -92,6 +92,7 @@ def test_third_derivative(training: bool) -> None:
     torch.testing.assert_close(ours, third(plain, formula), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("born_on_device")
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("act", ["none", "relu", "relu6", "leaky_relu", "silu", "gelu"])
@@ -146,6 +147,7 @@ def test_forward_mode_equals_backward_mode(act: str | None, training: bool) -> N
     torch.testing.assert_close((tangent * cotangent).sum(), total)
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_forward_mode_updates_the_running_statistics_once() -> None:
     x = values((6, 3, 4), torch.float32)
     ours, theirs = nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
@@ -193,6 +195,7 @@ def test_batched_gradients_with_a_residual(act: str, training: bool) -> None:
             torch.testing.assert_close(a[index], b)
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_what_was_saved_may_not_change() -> None:
     """In-place on what the backward needs raises; on the running statistics it does not matter."""
     layer = nn.BatchNorm1d(3)
@@ -205,6 +208,7 @@ def test_what_was_saved_may_not_change() -> None:
         y.sum().backward()
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_a_buffer_in_the_graph_is_guarded_by_its_version() -> None:
     """Training writes the buffers in place: a graph that saved them must hear of it."""
     layer = nn.BatchNorm1d(3)

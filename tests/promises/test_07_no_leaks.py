@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import ACTS, DTYPES, assert_same_bits
 
 EMPTY = [(0, 3), (0, 3, 5), (4, 3, 0), (0, 3, 4, 4), (2, 3, 0, 5), (0, 3, 2, 3, 4), (0, 3, 0)]

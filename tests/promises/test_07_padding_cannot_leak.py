@@ -165,6 +165,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.usefixtures("born_on_device")
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_an_all_masked_batch_leaves_every_buffer(layer: str, momentum: float | None) -> None:
@@ -188,6 +189,7 @@ def test_an_all_masked_batch_leaves_every_buffer(layer: str, momentum: float | N
         assert torch.count_nonzero(parameter.grad) == 0
 
 
+@pytest.mark.usefixtures("born_on_device")
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_running_statistics_see_what_is_kept(layer: str, momentum: float | None) -> None:

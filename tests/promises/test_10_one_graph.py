@@ -15,9 +15,12 @@ from normally.functional import batch_norm
 from tests.helpers import ACTS, values
 
 # torch's compiler, not ours: it scripts decompositions on import.
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:`torch\.jit\.script(_method)?` is deprecated:DeprecationWarning",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        r"ignore:`torch\.jit\.script(_method)?` is deprecated:DeprecationWarning"
+    ),
+    pytest.mark.usefixtures("born_on_device"),
+]
 
 
 @pytest.fixture(autouse=True)

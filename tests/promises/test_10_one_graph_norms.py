@@ -16,9 +16,12 @@ from tests.helpers import values
 from tests.norms import Norm
 
 # torch's compiler, not ours: it scripts decompositions on import.
-pytestmark = pytest.mark.filterwarnings(
-    r"ignore:`torch\.jit\.script(_method)?` is deprecated:DeprecationWarning",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        r"ignore:`torch\.jit\.script(_method)?` is deprecated:DeprecationWarning"
+    ),
+    pytest.mark.usefixtures("born_on_device"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normally import reference
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import arithmetic, lay_out, rounding
 
 LAYOUTS = ("contiguous", "channels_last", "strided")

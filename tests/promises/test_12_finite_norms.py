@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from normally import functional, reference
+from normally import reference
 from tests import norms
+from tests.device import functional
 from tests.helpers import arithmetic, lay_out, rounding
 from tests.norms import Norm, Shape
 

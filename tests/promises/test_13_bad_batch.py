@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from normally import nn, reference
-from normally.functional import batch_norm
+from tests.device.functional import batch_norm
 from tests.helpers import ACTS, assert_same_bits, lay_out, values
 
 BAD = (math.nan, math.inf, -math.inf)
@@ -79,6 +79,7 @@ def test_a_nan_of_any_payload_survives_the_narrowing(payload: int, dtype: torch.
                 assert y.isnan().all(), (layout, training)
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_the_plain_average_of_the_good_batches() -> None:
     """momentum=None divides by the batches that entered, channel by channel."""
     layer = nn.BatchNorm1d(3, momentum=None)
@@ -104,6 +105,7 @@ def test_the_plain_average_of_the_good_batches() -> None:
         assert layer.running_var[channel].item() == pytest.approx(var.item(), rel=1e-6)
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_the_average_starts_anew_with_loaded_statistics() -> None:
     """Batches that were skipped before a checkpoint was loaded are no part of its count."""
     plain = torch.nn.BatchNorm1d(2, momentum=None)
@@ -120,6 +122,7 @@ def test_the_average_starts_anew_with_loaded_statistics() -> None:
     torch.testing.assert_close(layer.running_var, plain.running_var)
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_a_lazy_layer_counts_after_loading_a_state_dict() -> None:
     plain = torch.nn.BatchNorm1d(2)
     layer = nn.LazyBatchNorm1d()
@@ -130,6 +133,7 @@ def test_a_lazy_layer_counts_after_loading_a_state_dict() -> None:
     assert layer.skipped_updates.item() == 1
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_statistics_that_the_buffer_cannot_hold_do_not_enter_it() -> None:
     """1e30 is finite, its variance is not in float32."""
     layer = nn.BatchNorm1d(2)
@@ -140,6 +144,7 @@ def test_statistics_that_the_buffer_cannot_hold_do_not_enter_it() -> None:
     assert layer.skipped_updates.item() == 1
 
 
+@pytest.mark.usefixtures("born_on_device")
 def test_training_goes_on_after_a_bad_batch() -> None:
     layer = nn.BatchNorm2d(3)
     twin = nn.BatchNorm2d(3)
