@@ -2,6 +2,7 @@
 
     python scripts/performance_page.py benchmarks/results/*.json
 
+Those of GPUs, benchmarks/results/gpu/*.json, are taken as well: docs/performance-gpu.md has them.
 Every case of every run is on the page; where torch is faster comes first in each section. A figure
 carries a digest of its numbers, so that a test can tell an old one without drawing it again.
 """
@@ -15,13 +16,19 @@ from pathlib import Path
 
 from normally import report
 from normally.bench import plots, summary, table
+from normally.bench.gpu import page as gpu_page
+from normally.bench.gpu.results import GpuResults
 from normally.bench.operator import LAYOUTS, Operator
 from normally.bench.published import newest
 from normally.bench.results import OURS, TORCH, Record, Results, Timing
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGE = DOCS / "performance.md"
 FIGURES = Path("assets") / "performance"
+GPU_RUNS = ROOT / "benchmarks" / "results" / "gpu"
+GPU_PAGE = DOCS / "performance-gpu.md"
+GPU_FIGURES = Path("assets") / "performance-gpu"
 _MODES = {
     "forward_backward": "Forward + backward",
     "forward": "Forward",
@@ -43,9 +50,15 @@ layer, group, instance and RMS norm refuse such tensors, and so do hardswish and
 """
 
 
-def build(runs: dict[Operator, Results]) -> str:
-    """The page as Markdown."""
-    parts = [_HEAD, *_overview(runs), "\n"]
+def published_gpus() -> list[GpuResults]:
+    """The runs on GPUs that are in the repository."""
+    return gpu_page.load(sorted(GPU_RUNS.glob("*.json")))
+
+
+def build(runs: dict[Operator, Results], gpus: Sequence[GpuResults] | None = None) -> str:
+    """The page as Markdown; without `gpus` it tells of those in the repository."""
+    gpus = published_gpus() if gpus is None else gpus
+    parts = [_HEAD, gpu_page.pointer(gpus), *_overview(runs), "\n"]
     for operator, results in runs.items():
         parts += _section(operator, results)
     parts += _machines(runs)
@@ -286,6 +299,18 @@ def main(paths: Sequence[str]) -> None:
     for path in folder.glob("*.svg"):
         if path.name not in comments:
             path.unlink()  # of a run that is no longer published
+    write_gpu_page(published_gpus())
+
+
+def write_gpu_page(gpus: Sequence[GpuResults]) -> None:
+    """The page and the figures of GPUs; without a run there is none."""
+    if gpus:
+        GPU_PAGE.write_text(gpu_page.build(gpus, GPU_FIGURES.as_posix()), encoding="utf-8")
+        gpu_page.write_figures(gpus, DOCS / GPU_FIGURES)
+        return
+    GPU_PAGE.unlink(missing_ok=True)
+    for path in (DOCS / GPU_FIGURES).glob("*.svg"):
+        path.unlink()
 
 
 if __name__ == "__main__":

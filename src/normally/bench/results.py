@@ -6,9 +6,12 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .measure import Spread
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCHEMA = "normally.bench/1"
 OURS, TORCH, COMPILED = "normally", "torch", "torch.compile"
@@ -62,6 +65,24 @@ class Record:
         """What is fused into the norm, as in "+add+relu"; empty for nothing."""
         return ("+add" if self.residual else "") + (f"+{self.act}" if self.act else "")
 
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Self:
+        """From its JSON, where what is derived is left out."""
+        derived = ("floor_seconds", "over_floor")
+        known = {name: value for name, value in entry.items() if name not in derived}
+        known["size"] = tuple(known["size"])
+        known["timings"] = {
+            name: Timing(**{**timing, "seconds": Spread(**timing["seconds"])})
+            for name, timing in known["timings"].items()
+        }
+        known["speedup"] = spreads(known["speedup"])
+        return cls(**known)
+
+
+def spreads(entries: dict[str, Any]) -> dict[str, Spread]:
+    """By contender, from JSON."""
+    return {name: Spread(**spread) for name, spread in entries.items()}
+
 
 @dataclass(frozen=True)
 class CopySpeed:
@@ -75,6 +96,9 @@ class CopySpeed:
 @dataclass
 class Results:
     """A run."""
+
+    schema: ClassVar[str] = SCHEMA
+    record_type: ClassVar[type[Record]] = Record
 
     machine: dict[str, Any]
     options: dict[str, Any]
@@ -102,24 +126,24 @@ class Results:
 
     def to_json(self) -> str:
         """One object a record; derived numbers are written too, for readers without our code."""
-        data: dict[str, Any] = {"schema": SCHEMA, **asdict(self)}
+        data: dict[str, Any] = {"schema": self.schema, **asdict(self)}
         for record, entry in zip(self.records, data["records"], strict=True):
             entry["floor_seconds"] = self.floor_seconds(record)
             entry["over_floor"] = {name: self.over_floor(record, name) for name in record.timings}
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Results:
+    def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`."""
         data = json.loads(text)
         schema = data.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"bench: schema must be {SCHEMA!r}. Got schema={schema!r}.")
+        if schema != cls.schema:
+            raise ValueError(f"bench: schema must be {cls.schema!r}. Got schema={schema!r}.")
         data["copy"] = [
             CopySpeed(**{**entry, "bytes_per_second": Spread(**entry["bytes_per_second"])})
             for entry in data["copy"]
         ]
-        data["records"] = [_record(entry) for entry in data["records"]]
+        data["records"] = [cls.record_type.from_entry(entry) for entry in data["records"]]
         return cls(**data)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -130,15 +154,3 @@ class Results:
         partial.write_text(self.to_json(), encoding="utf-8")
         os.replace(partial, path)
         return path
-
-
-def _record(entry: dict[str, Any]) -> Record:
-    derived = ("floor_seconds", "over_floor")
-    known = {name: value for name, value in entry.items() if name not in derived}
-    known["size"] = tuple(known["size"])
-    known["timings"] = {
-        name: Timing(**{**timing, "seconds": Spread(**timing["seconds"])})
-        for name, timing in known["timings"].items()
-    }
-    known["speedup"] = {name: Spread(**spread) for name, spread in known["speedup"].items()}
-    return Record(**known)
