@@ -24,19 +24,19 @@ PRINT_CAPABILITY := 'import torch; print(torch.backends.cpu.get_cpu_capability()
 unexport PYTHONPATH PYTHONHOME PIP_USER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-isa nightly bench perf-page lint format docs wheel clean
+.PHONY: help demo test test-isa test-triton gpu gpu-compile nightly bench perf-page lint format docs wheel clean
 
 # Two pip processes must not change one .venv at a time.
 .NOTPARALLEL:
 
 help:  ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(BUILT)  ## run the quickstart experiment and say where its page is
 	$(VENV)/bin/normally lab run quickstart $(ARGS)
 
-test: $(BUILT) $(if $(ARGS),,test-isa)  ## run all tests (ARGS="-k momentum" for some of them)
+test: $(BUILT) $(if $(ARGS),,test-isa test-triton)  ## run all tests (ARGS="-k momentum" for some of them)
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
 # torch takes ATEN_CPU_CAPABILITY at its word, so the loop ends below what the machine has: that
@@ -48,6 +48,16 @@ test-isa: $(BUILT)  ## run the numerical tests under the lesser instruction sets
 	  echo "ATEN_CPU_CAPABILITY=$$isa (this machine has $$best)"; \
 	  ATEN_CPU_CAPABILITY=$$isa $(PY) -m pytest -q -m "not slow" $(or $(ARGS),$(ISA_TESTS)) || exit; \
 	done
+
+# The GPU's kernels on the CPU: Triton interprets them where no compiled kernel takes their place.
+test-triton: $(BUILT)  ## run the GPU's kernels in Triton's interpreter
+	TRITON_INTERPRET=1 NORMALLY_DISABLE_NATIVE=1 $(PY) -m pytest -q -m "not slow" $(or $(ARGS),tests/_triton)
+
+gpu-compile: $(BUILT)  ## compile the GPU's kernels, without a GPU, and print what they need
+	env -u TRITON_INTERPRET $(PY) scripts/gpu_compile.py $(ARGS)
+
+gpu:  ## tests and benchmarks on this machine's GPU, with the PYTHON that has torch and Triton
+	"$(PYTHON)" scripts/gpu.py $(ARGS)
 
 nightly: $(BUILT)  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
@@ -111,7 +121,7 @@ $(BUILT): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(TOOLS)
 ifeq "$(KERNELS)" "none"
 	@echo 'normally: warning: no C++ compiler (g++), so the CPU kernels are left out; everything runs on the slow reference.' >&2
 endif
-	$(if $(filter native,$(KERNELS)),NORMALLY_REQUIRE_NATIVE=1 )$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[lab,test]"
+	$(if $(filter native,$(KERNELS)),NORMALLY_REQUIRE_NATIVE=1 )$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[gpu,lab,test]"
 	@rm -f $(VENV)/.stamp-built-* && touch $@
 
 # pip installs an extra only together with its package; the kernels are already built by then.
