@@ -119,9 +119,10 @@ def _wait(device: torch.device) -> None:
 @contextmanager
 def _cudnn_benchmark() -> Iterator[None]:
     """Convolutions by the fastest algorithm, as in training."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
+    cudnn = torch.backends.cudnn
+    # Not by assignment, which torch forbids once its own test tools have been imported.
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=True, deterministic=cudnn.deterministic,
+        allow_tf32=cudnn.allow_tf32,
+    ):  # fmt: skip
         yield
-    finally:
-        torch.backends.cudnn.benchmark = before
