@@ -1,21 +1,15 @@
 // The batch norm operators: check, allocate, dispatch, register.
-#include "batch_norm.h"
-
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <tuple>
 
+#include "batch_norm_operator.h"
 #include "kept.h"
 #include "parameters.h"
 #include "running_stats.h"
 
 namespace normally {
 namespace {
-
-std::optional<Kept> kept_of(const OptionalTensor& mask, const Tensor& x) {
-  if (!mask) return std::nullopt;
-  return Kept(bytes_of(positions_of(*mask, x, 1, 2)), geometry_of(x));
-}
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, OptionalTensor weight,
                                            OptionalTensor bias, OptionalTensor residual,
@@ -110,63 +104,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
                                                     OptionalTensor bits, const Tensor& stats,
                                                     bool training, double eps, int64_t correction,
                                                     int64_t act, double act_param, int64_t need) {
-  check_parameter("batch_norm", "weight", weight, input, {input.size(1)});
-  check_parameter("batch_norm", "bias", bias, input, {input.size(1)});
-  check_like("batch_norm", "grad_output", grad_output, input);
-  check_like("batch_norm", "residual", residual, input);
-  check_mask("batch_norm", mask, input, 1, 2);
-  STD_TORCH_CHECK(stats.is_contiguous() && stats.scalar_type() == ScalarType::Double &&
-                      stats.numel() == 3 * input.size(1) && (!bits || bits->is_contiguous()),
-                  "normally::batch_norm_backward: stats and bits must be those of the forward");
-
-  const Tensor x = is_dense(input) ? input : torch::stable::clone(input);
-  const std::optional<Kept> kept = kept_of(mask, x);
-  const Geometry geometry = kept ? kept->geometry() : geometry_of(x);
-  const int64_t channels = input.size(1);
-  Tensor dx = need & kNeedInput ? fresh_like(x) : nothing_like(input);
-  Tensor dresidual = need & kNeedResidual ? fresh_like(x) : nothing_like(input);
   ParameterGradient dweight(weight, input, need), dbias(bias, input, need);
-
-  if (input.numel() > 0) {
-    const Tensor dy = laid_out_as(grad_output, x);
-    const OptionalTensor r = residual ? OptionalTensor(laid_out_as(*residual, x)) : residual;
-    const double* saved = static_cast<const double*>(stats.const_data_ptr());
-    with_type(x.scalar_type(), [&](auto type) {
-      using T = decltype(type);
-      const Values<Compute<T>> weights(weight), biases(bias);
-      const Kept* keeps = kept ? &*kept : nullptr;
-      const KeptInput<T> xs(keeps, read<T>(x)), dys(keeps, read<T>(dy));
-      const KeptInput<T> residuals(keeps, read<T>(r));
-      KeptOutput<T> dxs(keeps, need & kNeedInput ? write<T>(dx) : nullptr);
-      KeptOutput<T> drs(keeps, need & kNeedResidual ? write<T>(dresidual) : nullptr);
-      BackwardCall<T> call;
-      call.geometry = geometry;
-      call.training = training;
-      call.eps = eps;
-      call.correction = correction;
-      call.act = act;
-      call.act_param = act_param;
-      call.dy = dys.data();
-      call.x = xs.data();
-      call.residual = residuals.data();
-      call.bits = bits ? static_cast<const uint8_t*>(bits->const_data_ptr()) : nullptr;
-      call.weight = weights.data();
-      call.bias = biases.data();
-      call.mean = saved;
-      call.var = saved + channels;
-      call.dx = dxs.data();
-      call.dresidual = drs.data();
-      call.dweight = dweight.sums();
-      call.dbias = dbias.sums();
-      if (geometry.numel() > 0) batch_norm_backward(call);
-      dxs.finish();
-      drs.finish();
-    });
-  }
+  auto [dx, dresidual] =
+      batch_norm_gradients({grad_output, input, weight, bias, residual, mask, bits, stats, training,
+                            eps, correction, act, act_param, nullptr},
+                           need, dweight.sums(), dbias.sums());
   return {dx, dresidual, dweight.tensor(), dbias.tensor()};
 }
 
 }  // namespace
+
+std::pair<Tensor, Tensor> batch_norm_gradients(const BackwardArguments& a, int64_t need,
+                                               double* dweight, double* dbias) {
+  const Tensor& input = a.input;
+  check_parameter("batch_norm", "weight", a.weight, input, {input.size(1)});
+  check_parameter("batch_norm", "bias", a.bias, input, {input.size(1)});
+  check_like("batch_norm", "grad_output", a.grad_output, input);
+  check_like("batch_norm", "residual", a.residual, input);
+  check_mask("batch_norm", a.mask, input, 1, 2);
+  STD_TORCH_CHECK(a.stats.is_contiguous() && a.stats.scalar_type() == ScalarType::Double &&
+                      a.stats.numel() == 3 * input.size(1) && (!a.bits || a.bits->is_contiguous()),
+                  "normally::batch_norm_backward: stats and bits must be those of the forward");
+
+  const Tensor x = is_dense(input) ? input : torch::stable::clone(input);
+  const std::optional<Kept> kept = kept_of(a.mask, x);
+  const Geometry geometry = kept ? kept->geometry() : geometry_of(x);
+  const int64_t channels = input.size(1);
+  Tensor dx = need & kNeedInput ? fresh_like(x) : nothing_like(input);
+  Tensor dresidual = need & kNeedResidual ? fresh_like(x) : nothing_like(input);
+  if (input.numel() == 0) return {dx, dresidual};
+
+  const Tensor dy = laid_out_as(a.grad_output, x);
+  const OptionalTensor r = a.residual ? OptionalTensor(laid_out_as(*a.residual, x)) : a.residual;
+  const double* saved = static_cast<const double*>(a.stats.const_data_ptr());
+  with_type(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Values<Compute<T>> weights(a.weight), biases(a.bias);
+    const Kept* keeps = kept ? &*kept : nullptr;
+    const KeptInput<T> xs(keeps, read<T>(x)), dys(keeps, read<T>(dy));
+    const KeptInput<T> residuals(keeps, read<T>(r));
+    KeptOutput<T> dxs(keeps, need & kNeedInput ? write<T>(dx) : nullptr);
+    KeptOutput<T> drs(keeps, need & kNeedResidual ? write<T>(dresidual) : nullptr);
+    BackwardCall<T> call;
+    call.geometry = geometry;
+    call.training = a.training;
+    call.eps = a.eps;
+    call.correction = a.correction;
+    call.act = a.act;
+    call.act_param = a.act_param;
+    call.dy = dys.data();
+    call.x = xs.data();
+    call.residual = residuals.data();
+    call.bits = a.bits ? static_cast<const uint8_t*>(a.bits->const_data_ptr()) : nullptr;
+    call.weight = weights.data();
+    call.bias = biases.data();
+    call.mean = saved;
+    call.var = saved + channels;
+    call.dx = dxs.data();
+    call.dresidual = drs.data();
+    call.dweight = dweight;
+    call.dbias = dbias;
+    call.means = a.means;
+    if (geometry.numel() > 0) batch_norm_backward(call);
+    dxs.finish();
+    drs.finish();
+  });
+  return {dx, dresidual};
+}
+
 }  // namespace normally
 
 STABLE_TORCH_LIBRARY_IMPL(normally, CPU, m) {

@@ -26,6 +26,18 @@ inline Sums sums_of(const std::vector<Sums>& parts, int64_t segments, int64_t ch
   return total;
 }
 
+// The means of g and of g·x̂ over all that was normalized together.
+struct Means {
+  double g, gx;
+};
+
+template <typename T>
+Means means_of(const BackwardCall<T>& call, const Sums& sums, double rstd, int64_t c) {
+  if (call.means) return {call.means[c], call.means[call.geometry.channels + c]};
+  const double m = static_cast<double>(call.geometry.per_channel());
+  return {sums.g / m, rstd * sums.gx / (m - static_cast<double>(call.correction))};
+}
+
 template <typename T>
 Slope<Compute<T>> slope_of(const BackwardCall<T>& call, Sums sums, double rstd, int64_t c) {
   using F = Compute<T>;
@@ -34,10 +46,10 @@ Slope<Compute<T>> slope_of(const BackwardCall<T>& call, Sums sums, double rstd, 
   if (call.dbias) call.dbias[c] = sums.g;
   if (call.dweight) call.dweight[c] = sums.gx * rstd;
   if (!call.training) return {F(0), F(0)};
-  const double m = static_cast<double>(call.geometry.per_channel());
   const double scale = rstd * (call.weight ? static_cast<double>(call.weight[c]) : 1.0);
-  const double slope = scale * rstd * rstd * sums.gx / (m - static_cast<double>(call.correction));
-  return {static_cast<F>(scale * sums.g / m - low * slope), static_cast<F>(slope)};
+  const Means means = means_of(call, sums, rstd, c);
+  const double slope = scale * rstd * means.gx;
+  return {static_cast<F>(scale * means.g - low * slope), static_cast<F>(slope)};
 }
 
 // A channel beyond the range of float, in double, value by value.
@@ -67,16 +79,13 @@ void backward_extreme(const BackwardCall<T>& call, int64_t c) {
   };
   Sums sums;
   each([&](int64_t, double centred, double g) { sums.g += g, sums.gx += g * centred; });
-  const double m = static_cast<double>(geometry.per_channel());
   if (call.dbias) call.dbias[c] = sums.g;
   if (call.dweight) call.dweight[c] = sums.gx * rstd;
+  const Means means = means_of(call, sums, rstd, c);
   each([&](int64_t at, double centred, double g) {
     if (call.dresidual) call.dresidual[at] = static_cast<T>(static_cast<Compute<T>>(g));
     double dx = g;
-    if (call.training) {
-      dx -= sums.g / m +
-            centred * rstd * (rstd * sums.gx / (m - static_cast<double>(call.correction)));
-    }
+    if (call.training) dx -= means.g + centred * rstd * means.gx;
     if (call.dx) call.dx[at] = static_cast<T>(static_cast<Compute<T>>(dx * scale));
   });
 }

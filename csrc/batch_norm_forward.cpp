@@ -134,7 +134,7 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
       for (int64_t b = begin; b < end; ++b) {
         for (int64_t s = 0; s < walk.segments; ++s) statistics(b, s);
         for (int64_t c = b * block; c < std::min((b + 1) * block, g.channels); ++c) merge(c);
-        for (int64_t s = walk.segments - 1; s >= 0; --s) apply(b, s);
+        for (int64_t s = walk.segments - 1; call.y && s >= 0; --s) apply(b, s);
       }
       finish_streaming();
     });
@@ -145,6 +145,7 @@ void forward_planes(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) 
     for (int64_t t = begin; t < end; ++t) statistics(t / walk.segments, t % walk.segments);
   });
   for (int64_t c = 0; c < g.channels; ++c) merge(c);
+  if (!call.y) return;
   parallel(tasks, false, [&](int64_t begin, int64_t end) {
     for (int64_t t = end - 1; t >= begin; --t) apply(t / walk.segments, t % walk.segments);
     finish_streaming();
@@ -197,7 +198,7 @@ void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
         const int64_t begin = group * walk.group, end = std::min(begin + walk.group, walk.width);
         if (call.training) moments.take(call.x, walk, 0, begin, end, scratch);
         prepare(begin, end);
-        kernel.rows(walk.width, 0, walk.rows, begin, end, affine);
+        if (call.y) kernel.rows(walk.width, 0, walk.rows, begin, end, affine);
       }
       finish_streaming();
     });
@@ -210,6 +211,7 @@ void forward_rows(const ForwardCall<T>& call, const ForwardKernel<T>& kernel) {
       });
     }
     prepare(0, walk.width);
+    if (!call.y) return;
     // The same rows in the same thread.
     parallel(walk.segments, serial, [&](int64_t first, int64_t last) {
       kernel.rows(walk.width, walk.segment_begin(first), walk.segment_begin(last), 0, walk.width,
@@ -231,7 +233,7 @@ void batch_norm_forward(const ForwardCall<T>& call) {
   } else {
     evaluate_planes(call, *kernel);
   }
-  for (int64_t c = 0; c < call.geometry.channels; ++c) {
+  for (int64_t c = 0; call.y && c < call.geometry.channels; ++c) {
     if (is_extreme(call.mean[c], call.var[c])) forward_extreme(call, c);
   }
 }

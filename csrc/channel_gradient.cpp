@@ -275,7 +275,7 @@ std::unique_ptr<BackwardKernel<T>> backward_kernel(const BackwardCall<T>& call) 
 
 template <typename T>
 Sweeps<T>::Sweeps(const BackwardCall<T>& call, Compute<T>* place, int64_t begin) : call_(call) {
-  const bool sums = call.dweight || call.dbias || (call.training && call.dx);
+  const bool sums = call.dweight || call.dbias || (call.training && call.dx && !call.means);
   if (sums && is_costly(call.act)) {
     call_.g = place;
     call_.g_begin = begin;

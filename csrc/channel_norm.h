@@ -28,10 +28,10 @@ struct ForwardCall : Normalization {
   const T* residual;         // or null
   const Compute<T>* weight;  // (channels), or null
   const Compute<T>* bias;    // (channels), or null
-  T* y;
-  uint8_t* bits;  // one bit an element, rows padded to bytes; or null
-  double* mean;   // (channels): written in training, else read
-  double* var;    // (channels): likewise
+  T* y;                      // or null: the statistics alone
+  uint8_t* bits;             // one bit an element, rows padded to bytes; or null
+  double* mean;              // (channels): written in training, else read
+  double* var;               // (channels): likewise
 };
 
 template <typename T>
@@ -52,6 +52,9 @@ struct BackwardCall : Normalization {
   int64_t g_begin = 0;
   double* dweight;  // (channels), or null
   double* dbias;    // (channels), or null
+  // (2, channels): Σg and Σg·x̂ divided by the number of values, where this tensor is but a part of
+  // what was normalized together; or null. `var` is then what was divided by.
+  const double* means = nullptr;
 };
 
 // y = act((x - hi) * scale + offset). hi is the mean as F, so that x - hi is exact near it; what

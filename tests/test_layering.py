@@ -17,9 +17,9 @@ LAYERS = (
     ("lab", "doctor", "bench"),
     ("surgery",),
     ("nn",),
-    ("functional", "distributed"),
+    ("functional",),
     ("_ops",),
-    ("_native", "_triton", "reference"),
+    ("_native", "_triton", "reference", "distributed"),
 )
 HEIGHT = {unit: -depth for depth, units in enumerate(LAYERS) for unit in units}
 # Beside the arrows: the page, which imports nothing of ours, and what this machine is.

@@ -1,8 +1,20 @@
 """normally: the normalization layers of PyTorch, faster, exact, and explained."""
 
-from . import functional, nn, reference
+from . import distributed, functional, nn, reference
 from ._native import backends
 from .nn import create_norm
+from .surgery import accumulate, convert_sync_batchnorm, revert_sync_batchnorm
 
-__all__ = ["__version__", "backends", "create_norm", "functional", "nn", "reference"]
+__all__ = [
+    "__version__",
+    "accumulate",
+    "backends",
+    "convert_sync_batchnorm",
+    "create_norm",
+    "distributed",
+    "functional",
+    "nn",
+    "reference",
+    "revert_sync_batchnorm",
+]
 __version__ = "0.1.0"

@@ -106,7 +106,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask's dtype": ({"mask": torch.ones(4, 1, 5)}, TypeError, "mask must be torch.bool"),
     "number of lengths": ({"lengths": torch.tensor([5, 4])}, ValueError, "one number a sample"),
     "one value kept": ({"lengths": torch.tensor([1, 0, 0, 0])}, ValueError, "more than 1 value"),
-    "group": ({"group": object()}, NotImplementedError, "group"),
+    "group": ({"group": object()}, TypeError, "ProcessGroup or None. Got group of type object"),
     "memory_efficient": ({"memory_efficient": True}, NotImplementedError, "memory_efficient"),
 }
 

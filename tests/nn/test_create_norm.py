@@ -77,6 +77,15 @@ def test_it_is_public_in_both_places() -> None:
     assert normally.create_norm is create_norm
 
 
+@pytest.mark.parametrize(
+    "name", ["sync", "SyncBatchNorm", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"]
+)
+def test_synchronized(name: str) -> None:
+    layer = create_norm(name, 8, act="relu")
+    assert type(layer) is nn.SyncBatchNorm
+    assert (layer.num_features, layer.act) == (8, "relu")
+
+
 def test_options_go_to_the_layer() -> None:
     assert type(create_norm("batch", 8, dim=1)) is nn.BatchNorm1d
     assert type(create_norm("instance", 8, dim=3)) is nn.InstanceNorm3d
@@ -101,9 +110,6 @@ def test_options_go_to_the_layer() -> None:
         ("grouped", "did you mean 'group'?"),
         ("qwertz", r"Got name='qwertz'\.$"),
         ("", r"Got name=''\.$"),
-        ("SyncBN", "there is no synchronized batch norm in this version"),
-        ("nnSyncBN", "there is no synchronized batch norm in this version"),
-        ("naiveSyncBN_N", "there is no synchronized batch norm in this version"),
         ("rmsnorm2d", "use 'rms' on a channels-last input"),
     ],
 )

@@ -15,6 +15,7 @@ from . import (
     local_response_norm,
     rms_norm,
     running_stats,
+    sync_batch_norm,
 )
 
 _native.load()
@@ -29,4 +30,5 @@ __all__ = [
     "local_response_norm",
     "rms_norm",
     "running_stats",
+    "sync_batch_norm",
 ]

@@ -19,7 +19,7 @@ from .batch_norm import (
 )
 
 
-def _remember(
+def remember(
     ctx: Any,
     tensors: tuple[Tensor | None, ...],
     stats: Tensor,
@@ -64,7 +64,7 @@ def differentiate(
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, stats, bits = output
     ctx.mark_non_differentiable(stats, bits)
-    _remember(ctx, inputs[:5], stats, bits, (inputs[5] is None, *inputs[7:11]))
+    remember(ctx, inputs[:5], stats, bits, (inputs[5] is None, *inputs[7:11]))
 
 
 def _autograd_backward(
@@ -127,7 +127,7 @@ class EagerBatchNorm(EagerFunction):
         """`operator` is this file's `forward` or `forward_and_update`, called below autograd."""
         with torch._C._AutoDispatchBelowAutograd():
             output, stats, bits = operator(input, weight, bias, residual, mask, *arguments)
-        _remember(ctx, (input, weight, bias, residual, mask), stats, bits, config)
+        remember(ctx, (input, weight, bias, residual, mask), stats, bits, config)
         return output
 
     @staticmethod

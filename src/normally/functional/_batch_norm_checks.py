@@ -6,8 +6,10 @@ import math
 from typing import NamedTuple, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import Peers
 from ._checks import ArgumentError, check_input, check_of_channels
 
 
@@ -33,8 +35,12 @@ class Call(NamedTuple):
     act_param: float
 
 
-def checked(call: Call) -> Call:
-    """Refuse what makes no sense before anything is changed."""
+def checked(call: Call, *, alone: bool = True) -> Call:
+    """Refuse what makes no sense before anything is changed.
+
+    How many values there are is asked only where the call is normalized `alone`, and not together
+    with those of other processes.
+    """
     x, training, eps = call.input, call.training, call.eps
     if call.on_single_value not in ("error", "running"):
         raise ValueError(
@@ -74,6 +80,8 @@ def checked(call: Call) -> Call:
             "batch_norm: num_batches_tracked must be given when momentum is None: the cumulative "
             "average divides by the number of batches. Got momentum=None, num_batches_tracked=None."
         )
+    if not alone:
+        return call
     if call.mask is None:
         count = math.prod(x.shape[:1] + x.shape[2:])
     elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -113,6 +121,21 @@ def _refuse_single_value(input: Tensor, count: int, correction: int) -> NoReturn
         f"batch_norm: expected more than correction={correction} values per channel when training, "
         f"got {count} with input size {input.size()}. {way_out}"
     )
+
+
+def peers_of(group: object) -> Peers | None:
+    """The processes of `group=`, and None where there is but this one."""
+    if isinstance(group, Peers):
+        peers = group
+    elif isinstance(group, dist.ProcessGroup):
+        peers = Peers(group, "batch_norm")
+    else:
+        raise TypeError(
+            "batch_norm: group must be a torch.distributed.ProcessGroup or None. "
+            f"Got group of type {type(group).__name__}; the group of all processes is "
+            "torch.distributed.group.WORLD after torch.distributed.init_process_group."
+        )
+    return peers if peers.group.size() > 1 else None
 
 
 def refuse_reserved(**values: object) -> NoReturn:

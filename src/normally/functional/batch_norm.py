@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _native, _triton, reference
-from .._ops import activation, running_stats
+from .._ops import activation, running_stats, sync_batch_norm
 from .._ops import batch_norm as ops
 from .._ops.batch_norm_autograd import EagerBatchNorm
 from .._ops.batch_norm_transforms import TransformableBatchNorm
-from ._batch_norm_checks import Call, checked, is_other_dim, refuse_reserved
+from ..distributed import Peers
+from ._batch_norm_checks import Call, checked, is_other_dim, peers_of, refuse_reserved
 from ._checks import prepare_residual
 from ._masks import prepare_mask
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def batch_norm(
@@ -35,7 +41,7 @@ def batch_norm(
     unbiased: bool = True,
     correction: int = 0,
     on_single_value: str = "error",
-    group: object | None = None,
+    group: ProcessGroup | Peers | None = None,
     memory_efficient: bool = False,
     num_batches_tracked: Tensor | None = None,
     skipped_updates: Tensor | None = None,
@@ -80,7 +86,9 @@ def batch_norm(
         correction: what the normalizing variance is divided by is m - correction; 1 is tiny-dnn's.
         on_single_value: with one value per channel in training, raise ("error") or normalize with
             the running statistics and update nothing ("running").
-        group: not implemented yet.
+        group: processes whose values are normalized together in training, each of them calling
+            this function at the same place: m counts those of all, and all buffers move alike. An
+            empty batch takes part. `distributed.Peers` adds the name that errors give the layer.
         memory_efficient: not implemented yet.
         num_batches_tracked: a counter, incremented in place by a training batch.
         skipped_updates: `(C,)` int64, incremented where a channel's update was refused.
@@ -89,8 +97,10 @@ def batch_norm(
         Shape, dtype, device and, if the input is dense, strides of `input`.
 
     Raises:
-        ValueError: for shapes, sizes or eps that make no sense, and for one value per channel.
+        ValueError: for shapes, sizes or eps that make no sense, and for one value per channel; in
+            every process of a group if their calls differ.
         TypeError: for dtypes that do not go together.
+        RuntimeError: if a process of the group cannot be reached within the group's timeout.
 
     >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
     >>> mean, var = torch.zeros(2), torch.ones(2)
@@ -103,8 +113,9 @@ def batch_norm(
     tensor([[0.7628, 1.7499],
             [2.6697, 6.1247]])
     """
-    if group is not None or memory_efficient:
-        refuse_reserved(group=group, memory_efficient=memory_efficient)
+    if memory_efficient:
+        refuse_reserved(memory_efficient=memory_efficient)
+    peers = None if group is None else peers_of(group)
     if act is None and act_param is None:
         fused = (0, 0.0)
     else:
@@ -130,7 +141,9 @@ def batch_norm(
         x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
         skipped_updates, training, momentum, unbiased, eps, correction, on_single_value, *fused,
     )  # fmt: skip
-    if _is_plain(call):
+    if peers is not None and training:
+        output = _run_together(checked(call, alone=False), peers)
+    elif _is_plain(call):
         if not _checks_in_passing(call):
             output = _run_eagerly(checked(call))
         else:
@@ -202,15 +215,19 @@ def _differentiates(call: Call) -> bool:
     )
 
 
-def _run_eagerly(call: Call) -> Tensor:
-    """One operator call, and one autograd node where a gradient is wanted."""
-    differentiates = _differentiates(call)
-    save_bits = (
-        differentiates
-        and call.residual is not None
+def _wants_bits(call: Call) -> bool:
+    """Whether bits can take the residual's place in the backward."""
+    return (
+        call.residual is not None
         and call.mask is None
         and call.act in activation.PIECEWISE_CONSTANT
     )
+
+
+def _run_eagerly(call: Call) -> Tensor:
+    """One operator call, and one autograd node where a gradient is wanted."""
+    differentiates = _differentiates(call)
+    save_bits = differentiates and _wants_bits(call)
     config = (call.eps, call.correction, call.act, call.act_param)
     tensors = call[:5]
     arguments: tuple[object, ...]
@@ -254,6 +271,39 @@ def _run(call: Call) -> Tensor:
         output, stats, _ = TransformableBatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     tracks = call.running_mean is not None or call.running_var is not None
     if call.training and tracks and not running_stats.is_recomputation():
+        running_stats.update(*call[5:9], stats, call.momentum, call.unbiased)
+        running_stats.mark_changed(call.running_mean, call.running_var)
+    return output
+
+
+def _run_together(call: Call, peers: Peers) -> Tensor:
+    """Training whose statistics are those of all processes of a group."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "batch_norm: group must be None under torch.func and in forward-mode differentiation: "
+            "the processes' derivatives are exchanged in reverse mode alone."
+        )
+    x = call.input
+    if x.dim() < 2:
+        return x.clone()
+    save_bits = (
+        not torch.compiler.is_compiling()
+        and _have_kernels(call[:9])
+        and _differentiates(call)
+        and _wants_bits(call)
+    )
+    output: Tensor
+    try:
+        output, stats, _ = sync_batch_norm.forward(
+            *call[:5], call.eps, call.correction, call.act, call.act_param, save_bits,
+            peers.group.group_name, peers.layer,
+        )  # fmt: skip
+    except sync_batch_norm.SingleValueError:  # in all processes alike
+        if call.on_single_value == "running" and None not in (call.running_mean, call.running_var):
+            return _run(call._replace(training=False))
+        raise
+    tracks = call.running_mean is not None or call.running_var is not None
+    if tracks and not running_stats.is_recomputation():
         running_stats.update(*call[5:9], stats, call.momentum, call.unbiased)
         running_stats.mark_changed(call.running_mean, call.running_var)
     return output

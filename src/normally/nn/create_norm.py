@@ -15,6 +15,7 @@ from .instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .layer_norm import LayerNorm
 from .local_response_norm import LocalResponseNorm
 from .rms_norm import RMSNorm
+from .sync_batch_norm import SyncBatchNorm
 
 _BATCH = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
 _INSTANCE = {1: InstanceNorm1d, 2: InstanceNorm2d, 3: InstanceNorm3d}
@@ -35,12 +36,14 @@ def create_norm(name: str, num_features: int, **options: Any) -> torch.nn.Module
     | "layer2d" | `LayerNorm` over dimension 1, eps=1e-6, as timm's |
     | "rms" | `RMSNorm` over the last dimension |
     | "group", "group:8" | `GroupNorm` with `num_groups=` 32 (default), or 8 |
+    | "sync" | `SyncBatchNorm` |
     | "frozen" | `FrozenBatchNorm` |
     | "lrn", "lrn:5" | `LocalResponseNorm` with `size=` 5 (default); it needs no `num_features` |
 
-    Other names of these are detectron2's "BN", "GN", "FrozenBN" and "LN" (which is "layer2d"),
-    "IN", and timm's "groupnorm1" ("group:1"), "frozenbatchnorm2d", and those ending in "fp32",
-    which these layers' arithmetic is anyway.
+    Other names of these are detectron2's "BN", "GN", "FrozenBN", "LN" (which is "layer2d") and
+    "SyncBN", "nnSyncBN", "naiveSyncBN" (all "sync", which weighs processes by their values), "IN",
+    and timm's "groupnorm1" ("group:1"), "frozenbatchnorm2d", and those ending in "fp32", which
+    these layers' arithmetic is anyway.
 
     Args:
         name: see above.
@@ -118,6 +121,7 @@ _MAKERS: dict[str, Callable[..., torch.nn.Module]] = {
     "rms": RMSNorm,
     "group": _group,
     "frozen": FrozenBatchNorm,
+    "sync": SyncBatchNorm,
     "lrn": _local_response,
 }
 _NAMES = ", ".join(repr(name) for name in _MAKERS)
@@ -131,6 +135,11 @@ _ALIASES = {
     "frozenbn": "frozen",
     "frozenbatch": "frozen",
     **{f"frozenbatch{dim}d": "frozen" for dim in _BATCH},
+    "syncbn": "sync",
+    "syncbatch": "sync",
+    "nnsyncbn": "sync",
+    "naivesyncbn": "sync",
+    "naivesyncbnn": "sync",
     "gn": "group",
     "group1": "group:1",
     "in": "instance2d",
@@ -145,8 +154,6 @@ _ALIASES = {
 
 def _unknown(name: str, key: str) -> ValueError:
     message = f"create_norm: name must be one of {_NAMES}, or another library's. Got name={name!r}"
-    if key.startswith(("sync", "nnsync", "naivesync")):
-        return ValueError(f"{message}; there is no synchronized batch norm in this version.")
     if key.startswith("rms2d"):
         return ValueError(
             f"{message}; RMSNorm is over the last dimension: use 'rms' on a channels-last input."
