@@ -16,6 +16,9 @@ COMPILER := $(shell command -v $(CXX) || command -v c++ || command -v clang++)
 KERNELS  := $(if $(COMPILER)$(NORMALLY_REQUIRE_NATIVE)$(wildcard $(VENV)/.stamp-built-native),native,none)
 BUILT    := $(VENV)/.stamp-built-$(KERNELS)
 
+# Tests in two processes; a test that wants threads says how many.
+PYTEST := $(PY) -m pytest -n 2
+
 # What depends on the instruction set and takes seconds.
 ISA_TESTS        := tests/functional
 PRINT_CAPABILITY := 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())'
@@ -37,7 +40,7 @@ demo: $(BUILT)  ## run the quickstart experiment and say where its page is
 	$(VENV)/bin/normally lab run quickstart $(ARGS)
 
 test: $(BUILT) $(if $(ARGS),,test-isa test-triton)  ## run all tests (ARGS="-k momentum" for some of them)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # torch takes ATEN_CPU_CAPABILITY at its word, so the loop ends below what the machine has: that
 # one is `make test` itself. Other processors than x86 have the default alone.
@@ -46,12 +49,12 @@ test-isa: $(BUILT)  ## run the numerical tests under the lesser instruction sets
 	for isa in default avx2 avx512; do \
 	  case "$$best" in "$$isa"|[!a]*) break;; esac; \
 	  echo "ATEN_CPU_CAPABILITY=$$isa (this machine has $$best)"; \
-	  ATEN_CPU_CAPABILITY=$$isa $(PY) -m pytest -q -m "not slow" $(or $(ARGS),$(ISA_TESTS)) || exit; \
+	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -q -m "not slow" $(or $(ARGS),$(ISA_TESTS)) || exit; \
 	done
 
 # The GPU's kernels on the CPU: Triton interprets them where no compiled kernel takes their place.
 test-triton: $(BUILT)  ## run the GPU's kernels in Triton's interpreter
-	TRITON_INTERPRET=1 NORMALLY_DISABLE_NATIVE=1 $(PY) -m pytest -q -m "not slow" $(or $(ARGS),tests/_triton)
+	TRITON_INTERPRET=1 NORMALLY_DISABLE_NATIVE=1 $(PYTEST) -q -m "not slow" $(or $(ARGS),tests/_triton)
 
 gpu-compile: $(BUILT)  ## compile the GPU's kernels, without a GPU, and print what they need
 	env -u TRITON_INTERPRET $(PY) scripts/gpu_compile.py $(ARGS)

@@ -57,8 +57,8 @@ SECTIONS = [
 
 
 def test_every_norm_has_its_specification() -> None:
-    """A function's page has its name; `add_…` is on the page of its norm."""
-    norms = {name.removeprefix("add_") for name in functional.__all__}
+    """A function's page has its name; `add_…` is on the page of its norm. One is a layer's."""
+    norms = {name.removeprefix("add_") for name in functional.__all__} | {"sync_batch_norm"}
     assert {page.stem for page in SPECIFICATIONS} == norms
     for listing in ("README.md", "docs/index.md"):
         text = (ROOT / listing).read_text("utf-8")
@@ -170,6 +170,7 @@ def load(example: Path) -> ModuleType:
 def test_every_example_has_a_test() -> None:
     assert [example.stem for example in EXAMPLES] == [
         "diffusion_block",
+        "distributed",  # in tests/distributed/test_example.py
         "drop_in",
         "padded_sequences",
         "residual_block",
