@@ -4,12 +4,14 @@
 
 Each process gets every fourth sample of a batch. SyncBatchNorm makes the statistics those of all;
 DistributedDataParallel averages the gradients. Then the first process trains the same network
-alone on the whole batches and compares. Without torchrun there is one process, and nothing to sum.
+alone on the whole batches and compares; the exit status is 1 if the weights differ. Without
+torchrun there is one process, and nothing to sum.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -68,6 +70,7 @@ def main() -> None:
     together = normally.convert_sync_batchnorm(network())
     train(DistributedDataParallel(together), rank, processes)
     dist.barrier()
+    same = True  # as far as the others know
     if rank == 0:
         alone = network()
         loss = train(alone, 0, 1)
@@ -85,6 +88,8 @@ def main() -> None:
         same = max(weights, running) < 1e-9
         print("the same weights" if same else "NOT the same weights")
     dist.destroy_process_group()
+    if not same:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,14 @@ def checked(call: Call, *, alone: bool = True) -> Call:
         return call
     if call.mask is None:
         count = math.prod(x.shape[:1] + x.shape[2:])
-    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return call  # how many are kept is known only when it runs: the kernel asks then
+    elif (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or call.mask.is_cuda
+    ):
+        # How many are kept is known only when it runs: the CPU's kernel asks then. A GPU's answer
+        # would have to be waited for; one value comes out as the bias there.
+        return call
     else:
         count = int(call.mask.expand(x[:, :1].shape).sum())
     if count > max(1, call.correction) or count == 0:
