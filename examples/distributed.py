@@ -87,6 +87,7 @@ def main() -> None:
         # float64 roundings of 100 steps, which momentum and the norms amplify.
         same = max(weights, running) < 1e-9
         print("the same weights" if same else "NOT the same weights")
+    dist.barrier()  # nobody leaves while another one still works
     dist.destroy_process_group()
     if not same:
         sys.exit(1)
