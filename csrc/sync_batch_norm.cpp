@@ -1,6 +1,8 @@
 // Batch norm cut where processes exchange numbers: a process's statistics, its sums, its gradients.
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "batch_norm_operator.h"
@@ -36,6 +38,55 @@ Tensor statistics(const Tensor& input, OptionalTensor mask) {
     call.var = saved + channels;
     batch_norm_forward(call);
   });
+  return stats;
+}
+
+// (3, C) of all processes from (W, 2C + 2) messages, each the means, the variances, the count and
+// the call's fingerprint; NaN if the fingerprints differ. As `distributed.merge`, in the ranks'
+// order.
+Tensor merge_statistics(const Tensor& messages) {
+  STD_TORCH_CHECK(messages.dim() == 2 && messages.is_contiguous() && messages.size(0) > 0 &&
+                      messages.scalar_type() == ScalarType::Double && messages.size(1) >= 2,
+                  "normally::merge_statistics: messages must be (W, 2C + 2), contiguous, float64");
+  const int64_t parts = messages.size(0), numbers = messages.size(1), channels = numbers / 2 - 1;
+  const double* first = static_cast<const double*>(messages.const_data_ptr());
+  Tensor stats = empty({3, channels}, {channels, 1}, ScalarType::Double);
+  double* mean = static_cast<double*>(stats.mutable_data_ptr());
+  double *var = mean + channels, *counts = var + channels;
+  double total = 0;
+  for (int64_t w = 0; w < parts; ++w) {
+    const double* message = first + w * numbers;
+    if (message[numbers - 1] != first[numbers - 1]) {
+      std::fill(mean, mean + 3 * channels, std::numeric_limits<double>::quiet_NaN());
+      return stats;
+    }
+    total += message[2 * channels];
+  }
+  const double m = std::max(total, 1.0);
+  for (int64_t c = 0; c < channels; ++c) {
+    // Relative to the largest mean: the others are then small, and equal ones exactly 0.
+    double near = -std::numeric_limits<double>::infinity();
+    for (int64_t w = 0; w < parts; ++w) {
+      const double* message = first + w * numbers;
+      if (message[2 * channels] > 0 && !(message[c] <= near)) near = message[c];
+    }
+    if (!std::isfinite(near)) near = 0;
+    double apart = 0, spread = 0;
+    for (int64_t w = 0; w < parts; ++w) {
+      const double* message = first + w * numbers;
+      if (message[2 * channels] > 0) apart += (message[c] - near) * message[2 * channels];
+    }
+    mean[c] = near + apart / m;
+    for (int64_t w = 0; w < parts; ++w) {
+      const double* message = first + w * numbers;
+      const double distance = message[c] - mean[c];
+      if (message[2 * channels] > 0) {
+        spread += (message[channels + c] + distance * distance) * message[2 * channels];
+      }
+    }
+    var[c] = total > 0 ? spread / m : 1;
+    counts[c] = total;
+  }
   return stats;
 }
 
@@ -86,6 +137,7 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& grad_output, const Tensor& inp
 
 STABLE_TORCH_LIBRARY_IMPL(normally, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&normally::statistics));
+  m.impl("merge_statistics", TORCH_BOX(&normally::merge_statistics));
   m.impl("batch_norm_gradient_sums", TORCH_BOX(&normally::gradient_sums));
   m.impl("batch_norm_gradient", TORCH_BOX(&normally::gradient));
 }

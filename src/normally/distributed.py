@@ -9,7 +9,8 @@ The fingerprint says whose numbers these are. Where two processes are in differe
 them raise, and nobody goes on with wrong numbers. But a message of another size would end the
 process inside of gloo. So before a layer is met for the first time after the one before it, all
 agree on the call by another kind of collective, which is of a fixed size and which gloo cannot take
-for the message itself. With `NORMALLY_DISTRIBUTED_DEBUG=1` they do so every time.
+for the message itself. They do so again wherever different messages have followed that one. With
+`NORMALLY_DISTRIBUTED_DEBUG=1` they do so every time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,10 +33,23 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Peers", "Site", "agree", "merge", "merge_processes", "sum_processes", "total"]
+__all__ = [
+    "Peers",
+    "Site",
+    "agree",
+    "gather",
+    "merge",
+    "merge_messages",
+    "raise_disagreement",
+    "sum_processes",
+    "total",
+]
 
 #: How long a process that has lost the others listens for them.
 _ROLL_CALL_SECONDS = 2.0
+
+#: A call's collective and how many numbers a process gives to it.
+Message = tuple[str, int]
 
 #: A description as it travels where processes disagree: so many bytes of UTF-8.
 _DESCRIPTION_BYTES = 512
@@ -97,34 +111,43 @@ def merge(stats: Tensor) -> Tensor:
     return torch.stack((merged, merged_var, total))
 
 
-def merge_processes(stats: Tensor, site: Site) -> Tensor:
-    """The statistics of all processes from each one's own: one message, one collective.
+def gather(stats: Tensor, site: Site) -> Tensor:
+    """Every process's own statistics: one message, one collective.
 
     Args:
         stats: `(3, C)` float64, as `merge` takes it of each; the count is the same in all channels.
         site: the call.
 
     Returns:
-        `(3, C)`, the same bits in every process.
+        `(W, 2C + 2)`, in the order of the ranks: C means, C variances, the count, and the call's
+        fingerprint. Where the fingerprints differ, so do the calls.
 
     Raises:
         ValueError: in every process, if they do not all make this call.
         RuntimeError: if one of them cannot be reached within the group's timeout.
     """
-    agree(site, stats.device)
-    channels = stats.shape[1]
-    mark = torch.full((1,), float(_fingerprint(site)), dtype=stats.dtype, device=stats.device)
-    message = torch.cat((stats[:2].flatten(), stats[2, :1], mark))
+    numbers = 2 * stats.shape[1] + 1
+    agree(site, stats.device, ("gather", numbers))
+    message = stats.new_empty(numbers + 1)
+    message[:numbers] = stats.view(-1)[:numbers]
+    message[numbers] = _fingerprint(site)
     size = _resolve(site.group).size()
     collectives = torch.ops._c10d_functional
     with _Named(site):
-        everything = collectives.wait_tensor(
+        everything: Tensor = collectives.wait_tensor(
             collectives.all_gather_into_tensor(message, size, site.group)
-        ).view(size, -1)
-    same = everything[:, -1] == mark
-    moments = everything[:, : 2 * channels].view(size, 2, channels)
-    counts = everything[:, None, 2 * channels, None].expand(size, 1, channels)
-    return _refuse_others(merge(torch.cat((moments, counts), 1)), same.all(), site)
+        )
+    return everything.view(size, -1)
+
+
+def merge_messages(messages: Tensor) -> Tensor:
+    """The statistics of all processes from what `gather` gives; NaN if the calls differ."""
+    size, numbers = messages.shape
+    channels = numbers // 2 - 1
+    moments = messages[:, : 2 * channels].view(size, 2, channels)
+    counts = messages[:, None, 2 * channels, None].expand(size, 1, channels)
+    same = (messages[:, -1] == messages[0, -1]).all()
+    return torch.where(same, merge(torch.cat((moments, counts), 1)), torch.nan)
 
 
 def sum_processes(sums: Tensor, site: Site) -> Tensor:
@@ -138,16 +161,22 @@ def sum_processes(sums: Tensor, site: Site) -> Tensor:
         ValueError: in every process, if they do not all make this call.
         RuntimeError: if one of them cannot be reached within the group's timeout.
     """
-    agree(site, sums.device)
+    numbers = sums.numel()
+    agree(site, sums.device, ("sum", numbers))
     mark = float(_fingerprint(site))
-    message = torch.cat(
-        (sums.flatten(), torch.full((1,), mark, dtype=sums.dtype, device=sums.device))
-    )
+    message = sums.new_empty(numbers + 1)
+    message[:numbers] = sums.reshape(-1)
+    message[numbers] = mark
     collectives = torch.ops._c10d_functional
     with _Named(site):
         message = collectives.wait_tensor(collectives.all_reduce_(message, "sum", site.group))
     same = message[-1] == mark * _resolve(site.group).size()
-    return _refuse_others(message[:-1].view(sums.shape), same, site)
+    result: Tensor = message[:-1].view(sums.shape)
+    if not sums.is_cpu:  # asking would wait for the device
+        return torch.where(same, result, torch.nan)
+    if not same:
+        raise_disagreement(site, sums.device)
+    return result
 
 
 def total(sums: Tensor, site: Site) -> Tensor:
@@ -175,44 +204,35 @@ class _Total(torch.autograd.Function):
         return total(gradient, ctx.site), None
 
 
-def _refuse_others(result: Tensor, same: Tensor, site: Site) -> Tensor:
-    """`result`, where all processes meant the same call."""
-    if result.is_cpu:
-        if not same:
-            _raise_disagreement(site, result.device)
-        return result
-    # Asking would wait for the device. NaN reaches every output and the loss, and no buffer.
-    return torch.where(same, result, torch.nan)
-
-
 # --- what processes agree on before they exchange numbers
 
 
 class _History:
-    """The calls of a group: the last, and which have followed which."""
+    """The calls of a group: the last, and which have followed which, with their messages."""
 
     def __init__(self) -> None:
         self.last = 0
-        self.known: set[tuple[int, int]] = set()
+        self.followers: dict[int, dict[int, Message]] = {}
 
 
 # By the group itself: after destroy_process_group a name may be used again.
 _histories: WeakKeyDictionary[Any, _History] = WeakKeyDictionary()
 
 
-def agree(site: Site, device: torch.device) -> None:
+def agree(site: Site, device: torch.device, message: Message) -> None:
     """Make sure, at a fixed cost, that all processes of the group make this call.
 
-    Nothing is sent where this call has followed the last one before: then it did so everywhere, or
-    the fingerprints tell.
+    Nothing is sent where this call has followed the last one before, and no other call with another
+    message ever has. Then it did so everywhere: whoever makes another call asks, or sends a message
+    like this one, whose fingerprint tells.
     """
     group = _resolve(site.group)
     history = _histories.setdefault(group, _History())
     mark = _fingerprint(site)
-    step = (history.last, mark)
+    followers = history.followers.setdefault(history.last, {})
     history.last = mark
     debug = os.environ.get("NORMALLY_DISTRIBUTED_DEBUG") == "1"
-    if step in history.known and not debug:
+    if not debug and mark in followers and len(set(followers.values())) == 1:
         return
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return  # the answer would be waited for
@@ -227,8 +247,8 @@ def agree(site: Site, device: torch.device) -> None:
         dist.broadcast(marks, group=group, group_src=0)
     largest, smallest = marks.tolist()
     if largest != -smallest:
-        _raise_disagreement(site, device)
-    history.known.add(step)
+        raise_disagreement(site, device)
+    followers[mark] = message
 
 
 @functools.lru_cache(4096)
@@ -238,7 +258,7 @@ def _fingerprint(site: Site) -> int:
     return int.from_bytes(digest, "big") | 1  # never 0, which is the last call of a new group
 
 
-def _raise_disagreement(site: Site, device: torch.device) -> None:
+def raise_disagreement(site: Site, device: torch.device) -> NoReturn:
     """ValueError with everybody's call in words. All processes come here or none does."""
     group = _resolve(site.group)
     text = str(site).encode()[:_DESCRIPTION_BYTES].ljust(_DESCRIPTION_BYTES, b"\0")
@@ -284,7 +304,7 @@ def _explain(site: Site, error: RuntimeError) -> str:
     return (
         f"batch_norm: {site.layer} on rank {dist.get_rank()} could not exchange its statistics "
         f"with the ranks {_listed(ranks)}: one of them has died, hangs or has come to another "
-        f"layer. {_roll_call(site, ranks)}"
+        f"layer. The call is {site.what}. {_roll_call(site, ranks)}"
         f"The group's timeout is {f'{timeout.total_seconds():g} s' if timeout else 'not known'}. "
         "With NORMALLY_DISTRIBUTED_DEBUG=1 all processes first agree on every call. "
         f"torch.distributed says: {error}"
@@ -309,32 +329,39 @@ def _timeout(group: ProcessGroup) -> timedelta | None:
 
 
 def _roll_call(site: Site, ranks: list[int]) -> str:
-    """Who else has failed and where, and of whom there is no sign. "" if that cannot be known.
+    """Who else has failed and where, and of whom there is no sign.
 
     The processes that are left meet in the store through which the groups were made. It may hang as
     well, if it is in the process that does: so another thread asks, and is not waited for.
     """
     heard: dict[int, str] = {}
+    answers = threading.Event()
+    lost = threading.Event()
 
     def ask() -> None:
         store = dist.distributed_c10d._get_default_store()
         keys = {rank: f"normally/{site.group}/{rank}" for rank in ranks}
         store.set(keys.pop(dist.get_rank()), str(site))
+        answers.set()
         while keys:
             for rank in [rank for rank, key in keys.items() if store.check([key])]:
                 heard[rank] = store.get(keys.pop(rank)).decode(errors="replace")
             time.sleep(0.05)
 
     def ask_quietly() -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone
+        try:
             ask()
+        except RuntimeError:  # torch's DistError
+            lost.set()
 
     thread = threading.Thread(target=ask_quietly, daemon=True)
     thread.start()
     thread.join(_ROLL_CALL_SECONDS)
     said = "".join(f"Rank {rank} failed at {where}. " for rank, where in sorted(heard.items())[:16])
     missing = [rank for rank in ranks if rank not in heard and rank != dist.get_rank()]
-    if missing:
+    if lost.is_set() or not answers.is_set():
+        said += "The others could not be asked: the store that made the group does not answer. "
+    elif missing:
         said += f"No sign of {_listed(missing)} within {_ROLL_CALL_SECONDS:g} s. "
     return said
 

@@ -17,6 +17,7 @@ from tests._ops import test_batch_norm as of_batch_norm
 from tests.helpers import ACTS, DTYPES, arithmetic, lay_out, layouts_of, needs_kernels, values
 
 STATISTICS = torch.ops.normally.channel_statistics.default
+MERGE = torch.ops.normally.merge_statistics.default
 SUMS = torch.ops.normally.batch_norm_gradient_sums.default
 GRADIENT = torch.ops.normally.batch_norm_gradient.default
 TOGETHER = torch.ops.normally.sync_batch_norm.default
@@ -104,6 +105,24 @@ def test_kernel_equals_fallback(act: str | None, dtype: torch.dtype) -> None:
         results = GRADIENT(*arguments), operators._gradient_fallback(*arguments)
         for name, a, b in zip(("input", "residual"), *results, strict=True):
             of_batch_norm.close(a, b, dtype, f"gradient of {name}, {layout}")
+
+
+@pytest.mark.parametrize("channels", [0, 1, 3, 17])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_merge_of_messages(parts: int, channels: int) -> None:
+    """Kernel and formula; a process without values has a message like the others."""
+    messages = torch.randn(parts, 2 * channels + 2, dtype=torch.float64)
+    messages[:, channels : 2 * channels].square_()
+    messages[:, 2 * channels] = torch.tensor([7.0, 0.0, 1.0, 30.0, 2.0])[:parts]
+    messages[:, -1] = 12345
+    messages[1:2, : 2 * channels] = torch.nan
+    torch.library.opcheck(MERGE, (messages,), test_utils=QUICK)
+    merged = MERGE(messages)
+    formula = distributed.merge_messages(messages)
+    # Sums of at most five terms of order 1, in another order.
+    torch.testing.assert_close(merged, formula, rtol=1e-14, atol=1e-15)
+    messages[-1, -1] += 1  # another call
+    assert bool(MERGE(messages).isnan().all()) == (parts > 1 or channels == 0)
 
 
 def parts_of(tensor: Tensor | None, sizes: tuple[int, ...]) -> list[Tensor | None]:

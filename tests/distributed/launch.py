@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import socket
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def run(
     timeout: float = 120.0,
     group_timeout: float = 60.0,
     environment: dict[str, str] | None = None,
+    tcp: bool = False,
 ) -> list[Outcome]:
     """Call `function(rank, *args)` in so many processes, gloo's default group initialized in each.
 
@@ -63,19 +65,21 @@ def run(
         timeout: in seconds; who is not done by then is killed, and `hung`.
         group_timeout: that of the group's collectives, in seconds.
         environment: variables beside this process's own.
+        tcp: rank 0 hosts the group's store, as under torchrun; else it is a file.
 
     Returns:
         One outcome a rank.
     """
     variables = {**os.environ, **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
+        store = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{folder}/store"
         processes, pipes = [], []
         begin = time.monotonic()
         for rank in range(world_size):
             reader, writer = _CONTEXT.Pipe(duplex=False)
             process = _CONTEXT.Process(
                 target=_main,
-                args=(writer, rank, world_size, f"{folder}/store", group_timeout, variables,
+                args=(writer, rank, world_size, store, group_timeout, variables,
                       function, args),
             )  # fmt: skip
             process.start()
@@ -94,6 +98,13 @@ def run(
             value, error, seconds = said.get(rank, (None, None, timeout))
             outcomes.append(Outcome(rank, value, error, process.exitcode, hung, seconds))
     return outcomes
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def results(world_size: int, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
@@ -148,7 +159,7 @@ def _main(
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{store}",
+            init_method=store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=group_timeout),

@@ -284,7 +284,7 @@ def test_one_value_in_each_process_is_enough() -> None:
 # --- one graph
 
 
-def _compiled(rank: int) -> list[tuple[Tensor, Tensor]]:
+def _compiled(rank: int, backend: str) -> list[tuple[Tensor, Tensor]]:
     def step(x: Tensor, mean: Tensor, var: Tensor, count: Tensor, weight: Tensor) -> Tensor:
         return functional.batch_norm(
             x.sin(), mean, var, weight, None, True, None, act="silu", group=dist.group.WORLD,
@@ -292,7 +292,7 @@ def _compiled(rank: int) -> list[tuple[Tensor, Tensor]]:
         ).cos()  # fmt: skip
 
     found = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
         x = values((3 - rank, 2, 5), torch.float64, seed=rank).requires_grad_()
         weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
         buffers = (
@@ -306,7 +306,8 @@ def _compiled(rank: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(*found, strict=True))
 
 
-def test_compiles_without_a_break() -> None:
-    for pairs in results(2, _compiled):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_break(backend: str) -> None:
+    for pairs in results(2, _compiled, backend, timeout=600.0, group_timeout=300.0):
         for eager, compiled in pairs:
             torch.testing.assert_close(compiled, eager, rtol=1e-14, atol=1e-14)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normally.functional import batch_norm
 from normally.nn import SyncBatchNorm
 from tests.distributed.launch import Outcome, run
 
@@ -207,7 +208,8 @@ def test_who_calls_otherwise_is_refused_by_all(
         ("order", "aaa", True, FIRST, SECOND),
         ("skip", "a", False, SECOND, FIRST),
         ("skip", "aaa", True, SECOND, FIRST),
-        # All have gone from each order to each: nobody asks, and the fingerprints tell.
+        # All have gone from each order to each: nobody asks, as the messages are of one size, and
+        # the fingerprints tell.
         ("order", "aabaa", False, FIRST, SECOND),
     ],
 )
@@ -218,6 +220,24 @@ def test_who_is_in_another_layer_is_refused_by_all(
         others_words, own_words = _two_calls(o)
         assert expected in others_words
         assert found in own_words
+
+
+def _call_in_order(rank: int) -> None:
+    """Channels of 4, then of 5 or 6: at last the faulty process does what it did before, too."""
+    group = torch.distributed.group.WORLD
+    for step, other in enumerate((5, 6, 5)):
+        if rank == FAULTY and step == 2:
+            other = 6
+        for channels in (4, other):
+            batch_norm(torch.randn(2, channels), None, None, training=True, group=group)
+
+
+def test_who_goes_another_known_way_is_refused_by_all() -> None:
+    """Messages of other sizes would end the processes inside of gloo."""
+    for o in run(SIZE, _call_in_order, timeout=PATIENCE, group_timeout=GENEROUS):
+        others_words, own_words = _two_calls(o)
+        assert "5 channels" in others_words
+        assert "6 channels" in own_words
 
 
 def _two_calls(outcome: Outcome) -> tuple[str, str]:
@@ -240,6 +260,40 @@ def test_in_a_later_step_no_message_is_taken_for_another(fault: str, tmp_path: P
         assert text.startswith("RuntimeError: batch_norm: "), text
         assert f"on rank {o.rank} could not exchange" in text
         assert "NORMALLY_DISTRIBUTED_DEBUG=1" in text
+        # What the others were at, from the store: that is what differed.
+        usual, other = LATER[fault]
+        assert f"The call is {(other if o.rank == FAULTY else usual).rpartition(': ')[2]}" in text
+        if o.rank == FAULTY:
+            assert re.search(f"Rank [02] failed at .*{re.escape(usual)}", text), text
+        else:
+            assert re.search(f"Rank {FAULTY} failed at .*{re.escape(other)}", text), text
+
+
+#: What the others were at in the end, and the faulty rank.
+LATER = {
+    "channels": ("forward of 4 channels", "forward of 5 channels"),
+    "order": (f"{FIRST}: forward", f"{SECOND}: forward"),
+    "skip": (f"{SECOND}: forward", f"{FIRST}: forward"),
+}
+
+
+def _lose_the_store(rank: int) -> str:
+    """The first process, which hosts the store, dies; what the other hears."""
+    layer = SyncBatchNorm(4)
+    layer(torch.randn(2, 4))
+    if rank == 0:
+        os._exit(DEATH)
+    try:
+        layer(torch.randn(2, 4))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_where_the_store_is_lost_nobody_is_called_missing() -> None:
+    _, other = run(2, _lose_the_store, timeout=PATIENCE, group_timeout=TIMEOUT, tcp=True)
+    assert "The others could not be asked" in other.value
+    assert "No sign of" not in other.value
 
 
 def _go_on(rank: int) -> tuple[str, Tensor]:

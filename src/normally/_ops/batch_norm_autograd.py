@@ -24,7 +24,7 @@ def remember(
     tensors: tuple[Tensor | None, ...],
     stats: Tensor,
     bits: Tensor,
-    config: tuple[bool, float, int, int, float],
+    config: tuple[Any, ...],
 ) -> None:
     """Save for backward what it reads: the residual only where its gradient reads it."""
     input, weight, bias, residual, mask = tensors

@@ -3,10 +3,11 @@
     sync_batch_norm(input, weight, …, group, layer) -> (output, stats, bits)
 
 is `batch_norm` in training with the statistics of all processes of a group, which `stats` are. It
-and its backward communicate: they are torch code around three operators that do not, and that are
-what `batch_norm` does, cut where the processes exchange numbers.
+and its backward communicate: they are torch code around operators that do not, and that are what
+`batch_norm` does, cut where the processes exchange numbers.
 
     channel_statistics(input, mask) -> stats                   (3, C), of this process's values
+    merge_statistics(messages) -> stats                        (3, C), of all processes' values
     batch_norm_gradient_sums(grad_output, …, stats) -> sums    (2, C): Σ g and Σ g·x̂ of its values
     batch_norm_gradient(grad_output, …, stats, means) -> gradients of input and residual
 
@@ -17,6 +18,7 @@ A graph sees one operator forward and one backward, so nothing about processes i
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 from .. import distributed, reference
 from . import activation
 from . import batch_norm as ops
-from ._library import LIBRARY, define, vjp
+from ._library import LIBRARY, EagerFunction, define, vjp
 from .batch_norm_autograd import differentiate, remember
 from .bits import unpack_bits
 
@@ -54,6 +56,17 @@ statistics = define(
     fallback=_statistics_fallback,
     fake=_statistics_fake,
     gpu="sync_batch_norm.statistics",
+)
+
+
+def _merge_fake(messages: Tensor) -> Tensor:
+    return messages.new_empty((3, messages.shape[1] // 2 - 1))
+
+
+merge = define(
+    "merge_statistics(Tensor messages) -> Tensor",
+    fallback=distributed.merge_messages,
+    fake=_merge_fake,
 )
 
 
@@ -255,8 +268,8 @@ def _forward(
     layer: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     site = _site(group, layer, "forward", input, weight, bias, eps, correction, act, act_param)
-    stats = distributed.merge_processes(statistics(input, mask), site)
-    _refuse_single_value(stats, input, correction, layer)
+    stats = merge(distributed.gather(statistics(input, mask), site))
+    _check_count(stats, input, correction, site)
     output, _, bits = ops.forward(
         input, weight, bias, residual, mask, stats[0], normalizing_variance(stats, correction), eps,
         0, act, act_param, save_bits,
@@ -264,18 +277,21 @@ def _forward(
     return output, stats, bits
 
 
-def _refuse_single_value(stats: Tensor, input: Tensor, correction: int, layer: str) -> None:
-    # Elsewhere the question would wait for the device; the output is the bias then, and no
-    # running variance takes what is not finite.
+def _check_count(stats: Tensor, input: Tensor, correction: int, site: distributed.Site) -> None:
+    # Elsewhere the question would wait for the device. Calls that differ give NaN there, which
+    # reaches every output and the loss, and no buffer; one value comes out as the bias.
     if not stats.is_cpu or stats.numel() == 0:
         return
-    count = int(stats[2, 0])
+    count = stats[2, 0].item()
+    if math.isnan(count):
+        distributed.raise_disagreement(site, stats.device)
     if 0 < count <= max(1, correction):
         raise SingleValueError(
             "Expected more than 1 value per channel when training, got input size "
-            f"{input.size()} in this process and {count} per channel in all processes of the group "
-            f"together: {layer} divides by their variance. Use larger batches, drop_last=True in "
-            "the DataLoader, .eval(), or on_single_value='running' with running statistics."
+            f"{input.size()} in this process and {count:.0f} per channel in all processes of the "
+            f"group together: {site.layer} divides by their variance. Use larger batches, "
+            "drop_last=True in the DataLoader, .eval(), or on_single_value='running' with running "
+            "statistics."
         )
 
 
@@ -439,3 +455,39 @@ torch.library.register_autograd(
     setup_context=lambda ctx, inputs, output: _save_backward(ctx, inputs, output),
     lib=LIBRARY,
 )
+
+
+class EagerSyncBatchNorm(EagerFunction):
+    """The same derivative for plain eager autograd, as `EagerBatchNorm` is batch norm's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        config: tuple[float, int, int, float],
+        save_bits: bool,
+        group: str,
+        layer: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The output and the statistics."""
+        tensors = (input, weight, bias, residual, mask)
+        with torch._C._AutoDispatchBelowAutograd():
+            output, stats, bits = _forward(*tensors, *config, save_bits, group, layer)
+        ctx.mark_non_differentiable(stats)
+        remember(ctx, tensors, stats, bits, (group, *config, layer))
+        return output, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _stats: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiable itself where the caller asked for a graph."""
+        saved = ctx.saved_tensors  # unpacking may run a checkpointed forward, with autograd
+        if torch.is_grad_enabled():
+            gradients = differentiate(ctx, saved, grad_output, backward)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                gradients = differentiate(ctx, saved, grad_output, _backward)
+        return (*gradients, *(None,) * 5)

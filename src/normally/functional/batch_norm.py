@@ -286,18 +286,19 @@ def _run_together(call: Call, peers: Peers) -> Tensor:
     x = call.input
     if x.dim() < 2:
         return x.clone()
-    save_bits = (
-        not torch.compiler.is_compiling()
-        and _have_kernels(call[:9])
-        and _differentiates(call)
-        and _wants_bits(call)
-    )
+    config = (call.eps, call.correction, call.act, call.act_param)
+    place = (peers.group.group_name, peers.layer)
     output: Tensor
     try:
-        output, stats, _ = sync_batch_norm.forward(
-            *call[:5], call.eps, call.correction, call.act, call.act_param, save_bits,
-            peers.group.group_name, peers.layer,
-        )  # fmt: skip
+        if torch.compiler.is_compiling() or not _have_kernels(call[:9]):
+            output, stats, _ = sync_batch_norm.forward(*call[:5], *config, False, *place)
+        elif _differentiates(call):
+            output, stats = sync_batch_norm.EagerSyncBatchNorm.apply(
+                *call[:5], config, _wants_bits(call), *place
+            )
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                output, stats, _ = sync_batch_norm.forward(*call[:5], *config, False, *place)
     except sync_batch_norm.SingleValueError:  # in all processes alike
         if call.on_single_value == "running" and None not in (call.running_mean, call.running_var):
             return _run(call._replace(training=False))

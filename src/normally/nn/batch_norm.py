@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from .._ops import activation
+from ..distributed import Peers
 from ._location import dims_error, located
 from ._options import shown
 from ._skipped_updates import CountsSkippedUpdates, warn_of_half_statistics
@@ -127,11 +128,16 @@ class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
                 unbiased=self.unbiased,
                 correction=self.correction,
                 on_single_value=self.on_single_value,
+                group=self._peers(),
                 num_batches_tracked=self._buffers.get("num_batches_tracked") if tracks else None,
                 skipped_updates=self._buffers.get("_skipped_updates") if tracks else None,
             )
         except (ValueError, TypeError) as error:
             raise located(error, self) from None
+
+    def _peers(self) -> Peers | None:
+        """Whom this forward shares its statistics with: nobody."""
+        return None
 
     def extra_repr(self) -> str:
         """torch's, then what differs from torch's defaults."""

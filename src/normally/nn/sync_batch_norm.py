@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from .. import functional
 from ..distributed import Peers
-from ._location import dims_error, located, path_of
-from ._skipped_updates import warn_of_half_statistics
+from ._location import dims_error, path_of
 from ._sync_conversion import check_group, convert
-from ._tracing import traced
 from .batch_norm import _BatchNorm
 from .lazy_batch_norm import _LazyBatchNorm
 
@@ -113,49 +110,6 @@ class SyncBatchNorm(_BatchNorm):
         if self._path is None:  # a search: once
             self._path = path_of(self) or ""
         return Peers(group, f"{kind} at {self._path}" if self._path else kind)
-
-    def forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """act(bn(input) + residual); see `normally.functional.batch_norm`."""
-        if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
-            return traced(self, input, residual=residual, mask=mask, lengths=lengths)
-        try:
-            self._check_input_dim(input)
-            training = self.training
-            running_mean, running_var = self.running_mean, self.running_var
-            tracks = self.track_running_stats or not training
-            if running_mean is not None and training and running_mean.dtype is torch.float16:
-                warn_of_half_statistics(self)
-            return functional.batch_norm(
-                input,
-                running_mean if tracks else None,
-                running_var if tracks else None,
-                self.weight,
-                self.bias,
-                training or (running_mean is None and running_var is None),
-                self.momentum,
-                self.eps,
-                act=self.act,
-                act_param=self.act_param,
-                residual=residual,
-                mask=mask,
-                lengths=lengths,
-                channel_dim=self.channel_dim,
-                unbiased=self.unbiased,
-                correction=self.correction,
-                on_single_value=self.on_single_value,
-                group=self._peers(),
-                num_batches_tracked=self._buffers.get("num_batches_tracked") if tracks else None,
-                skipped_updates=self._buffers.get("_skipped_updates") if tracks else None,
-            )
-        except (ValueError, TypeError) as error:
-            raise located(error, self) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         """A copy in the same process group, which itself cannot be copied."""
