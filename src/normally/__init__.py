@@ -3,18 +3,26 @@
 from . import distributed, functional, nn, reference
 from ._native import backends
 from .nn import create_norm
-from .surgery import accumulate, convert_sync_batchnorm, revert_sync_batchnorm
+from .surgery import (
+    accumulate,
+    convert,
+    convert_sync_batchnorm,
+    revert,
+    revert_sync_batchnorm,
+)
 
 __all__ = [
     "__version__",
     "accumulate",
     "backends",
+    "convert",
     "convert_sync_batchnorm",
     "create_norm",
     "distributed",
     "functional",
     "nn",
     "reference",
+    "revert",
     "revert_sync_batchnorm",
 ]
 __version__ = "0.1.0"

@@ -25,6 +25,11 @@ class CountsSkippedUpdates(_NormBase):
             counter = torch.zeros(running.shape, dtype=torch.long, device=running.device)
         self.register_buffer("_skipped_updates", counter, persistent=False)
 
+    def _start_count(self) -> None:
+        """For a layer of torch's that has become one of these."""
+        if "_skipped_updates" not in self._buffers:
+            self._count_skipped_updates()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """torch's; refused updates of another past do not count for the statistics loaded now."""
         super()._load_from_state_dict(*args, **kwargs)

@@ -23,13 +23,14 @@ _ON_SINGLE_VALUE = ("error", "running")
 class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
     """What the layers add to torch's: options, a protected update, one fused call."""
 
-    act: str | None
-    act_param: float | None
-    channel_dim: int
-    unbiased: bool
-    correction: int
-    on_single_value: str
-    memory_efficient: bool
+    # What a layer of torch's has that becomes one of these.
+    act: str | None = None
+    act_param: float | None = None
+    channel_dim: int = 1
+    unbiased: bool = True
+    correction: int = 0
+    on_single_value: str = "error"
+    memory_efficient: bool = False
 
     def __init__(
         self,
@@ -99,10 +100,18 @@ class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        act: str | None = None,
+        act_param: float | None = None,
     ) -> Tensor:
-        """act(bn(input) + residual); see `normally.functional.batch_norm`."""
+        """act(bn(input) + residual); see `normally.functional.batch_norm`.
+
+        `act` and `act_param` are the activation of this call, for a layer that has none.
+        """
         if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
-            return traced(self, input, residual=residual, mask=mask, lengths=lengths)
+            return traced(
+                self, input, residual=residual, mask=mask, lengths=lengths, act=act,
+                act_param=act_param,
+            )  # fmt: skip
         try:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
             training = self.training
@@ -110,6 +119,10 @@ class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
             tracks = self.track_running_stats or not training
             if running_mean is not None and training and running_mean.dtype is torch.float16:
                 warn_of_half_statistics(self)
+            if act is None:
+                act, act_param = self.act, self.act_param
+            elif self.act is not None:
+                raise ValueError(f"act must be None where the layer has one. Got act={act!r}.")
             return functional.batch_norm(
                 input,
                 running_mean if tracks else None,
@@ -119,8 +132,8 @@ class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
                 training or (running_mean is None and running_var is None),
                 self.momentum,
                 self.eps,
-                act=self.act,
-                act_param=self.act_param,
+                act=act,
+                act_param=act_param,
                 residual=residual,
                 mask=mask,
                 lengths=lengths,

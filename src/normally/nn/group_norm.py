@@ -38,8 +38,8 @@ class GroupNorm(torch.nn.GroupNorm):
     tensor([0.])
     """
 
-    act: str | None
-    act_param: float | None
+    act: str | None = None
+    act_param: float | None = None
 
     def __init__(
         self,

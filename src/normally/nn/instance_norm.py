@@ -18,8 +18,8 @@ from ._tracing import traced
 class _InstanceNorm(CountsSkippedUpdates, torch.nn.modules.instancenorm._InstanceNorm):
     """What the layers add to torch's."""
 
-    act: str | None
-    act_param: float | None
+    act: str | None = None
+    act_param: float | None = None
 
     def __init__(
         self,

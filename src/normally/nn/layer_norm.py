@@ -40,9 +40,9 @@ class LayerNorm(torch.nn.LayerNorm):
             [0.0000, 1.0000]])
     """
 
-    act: str | None
-    act_param: float | None
-    dim: int | None
+    act: str | None = None
+    act_param: float | None = None
+    dim: int | None = None
 
     def __init__(
         self,

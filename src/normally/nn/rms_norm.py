@@ -39,7 +39,7 @@ class RMSNorm(torch.nn.RMSNorm):
             [ 1.0000,  1.0000]])
     """
 
-    casting: str
+    casting: str = "torch"
     zero_centered_weight: bool = False
 
     def __init__(
