@@ -7,6 +7,8 @@ from .surgery import (
     accumulate,
     convert,
     convert_sync_batchnorm,
+    fold,
+    fuse,
     revert,
     revert_sync_batchnorm,
 )
@@ -19,7 +21,9 @@ __all__ = [
     "convert_sync_batchnorm",
     "create_norm",
     "distributed",
+    "fold",
     "functional",
+    "fuse",
     "nn",
     "reference",
     "revert",

@@ -25,7 +25,7 @@ X = on_device(values((3, 6, 5), torch.float32))
 def test_signature_is_torchs_then_ours_by_keyword() -> None:
     check_signature(nn.GroupNorm, torch.nn.GroupNorm, ("act", "act_param"))
     forward = inspect.signature(nn.GroupNorm.forward).parameters
-    assert list(forward) == ["self", "input", "mask", "lengths"]
+    assert list(forward) == ["self", "input", "mask", "lengths", "act", "act_param"]
     assert isinstance(nn.GroupNorm(2, 6), torch.nn.GroupNorm)
 
 

@@ -38,7 +38,7 @@ NAMES = tuple(SHAPES)
 def test_signature_is_torchs_then_ours_by_keyword(name: str) -> None:
     check_signature(getattr(nn, name), getattr(torch.nn, name), ("act", "act_param"))
     forward = inspect.signature(getattr(nn, name).forward).parameters
-    assert list(forward) == ["self", "input", "mask", "lengths"]
+    assert list(forward) == ["self", "input", "mask", "lengths", "act", "act_param"]
     layer = getattr(nn, name)(3)
     assert isinstance(layer, getattr(torch.nn, name))
     assert not isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)

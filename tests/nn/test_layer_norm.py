@@ -26,7 +26,7 @@ X = on_device(values((4, 6, 5), torch.float32))
 def test_signature_is_torchs_then_ours_by_keyword() -> None:
     check_signature(nn.LayerNorm, torch.nn.LayerNorm, ("act", "act_param", "dim"))
     forward = inspect.signature(nn.LayerNorm.forward).parameters
-    assert list(forward) == ["self", "input", "residual", "mask", "lengths"]
+    assert list(forward) == ["self", "input", "residual", "mask", "lengths", "act", "act_param"]
     assert isinstance(nn.LayerNorm(5), torch.nn.LayerNorm)
 
 

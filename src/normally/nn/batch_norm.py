@@ -13,7 +13,7 @@ from .. import functional
 from .._ops import activation
 from ..distributed import Peers
 from ._location import dims_error, located
-from ._options import shown
+from ._options import activation_of, shown
 from ._skipped_updates import CountsSkippedUpdates, warn_of_half_statistics
 from ._tracing import traced
 
@@ -119,10 +119,7 @@ class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
             tracks = self.track_running_stats or not training
             if running_mean is not None and training and running_mean.dtype is torch.float16:
                 warn_of_half_statistics(self)
-            if act is None:
-                act, act_param = self.act, self.act_param
-            elif self.act is not None:
-                raise ValueError(f"act must be None where the layer has one. Got act={act!r}.")
+            act, act_param = activation_of(self, act, act_param)
             return functional.batch_norm(
                 input,
                 running_mean if tracks else None,

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import functional
 from .._ops import activation
 from ._location import located
-from ._options import shown
+from ._options import activation_of, shown
 from ._tracing import traced
 
 
@@ -73,15 +73,25 @@ class GroupNorm(torch.nn.GroupNorm):
                 torch.nn.init.zeros_(self.bias)
 
     def forward(
-        self, input: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        act: str | None = None,
+        act_param: float | None = None,
     ) -> Tensor:
-        """act(gn(input)); see `normally.functional.group_norm`."""
+        """act(gn(input)); see `normally.functional.group_norm`.
+
+        `act` and `act_param` are the activation of this call, for a layer that has none.
+        """
         if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
-            return traced(self, input, mask=mask, lengths=lengths)
+            return traced(self, input, mask=mask, lengths=lengths, act=act, act_param=act_param)
         try:
+            act, act_param = activation_of(self, act, act_param)
             return functional.group_norm(
                 input, self.num_groups, self.weight, self.bias, self.eps,
-                act=self.act, act_param=self.act_param, mask=mask, lengths=lengths,
+                act=act, act_param=act_param, mask=mask, lengths=lengths,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             raise located(error, self) from None

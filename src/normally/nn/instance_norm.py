@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import functional
 from .._ops import activation
 from ._location import dims_error, located
-from ._options import shown
+from ._options import activation_of, shown
 from ._skipped_updates import CountsSkippedUpdates, warn_of_half_statistics
 from ._tracing import traced
 
@@ -48,32 +48,49 @@ class _InstanceNorm(CountsSkippedUpdates, torch.nn.modules.instancenorm._Instanc
         self.act_param = act_param
 
     def forward(
-        self, input: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        act: str | None = None,
+        act_param: float | None = None,
     ) -> Tensor:
-        """act(in(input)); see `normally.functional.instance_norm`."""
+        """act(in(input)); see `normally.functional.instance_norm`.
+
+        `act` and `act_param` are the activation of this call, for a layer that has none.
+        """
         if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
-            return traced(self, input, mask=mask, lengths=lengths)
+            return traced(self, input, mask=mask, lengths=lengths, act=act, act_param=act_param)
         try:
+            fused = activation_of(self, act, act_param)
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
             channel_dim = input.dim() - self._get_no_batch_dim()  # type: ignore[no-untyped-call]
             if input.shape[channel_dim] != self.num_features:
                 self._meet_other_features(input, channel_dim)
             if channel_dim == 1:
-                return self._normalize(input, mask, lengths)
+                return self._normalize(input, mask, lengths, *fused)
             if lengths is not None and lengths.dim() == 0:
                 lengths = lengths.unsqueeze(0)
-            return self._normalize(input.unsqueeze(0), mask, lengths).squeeze(0)
+            return self._normalize(input.unsqueeze(0), mask, lengths, *fused).squeeze(0)
         except (ValueError, TypeError) as error:
             raise located(error, self) from None
 
-    def _normalize(self, input: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    def _normalize(
+        self,
+        input: Tensor,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        act: str | None,
+        act_param: float | None,
+    ) -> Tensor:
         running_mean = self.running_mean
         if running_mean is not None and self.training and running_mean.dtype is torch.float16:
             warn_of_half_statistics(self)
         return functional.instance_norm(
             input, running_mean, self.running_var, self.weight, self.bias,
             self.training or not self.track_running_stats, self.momentum, self.eps,
-            act=self.act, act_param=self.act_param, mask=mask, lengths=lengths,
+            act=act, act_param=act_param, mask=mask, lengths=lengths,
             num_batches_tracked=self._buffers.get("num_batches_tracked"),
             skipped_updates=self._buffers.get("_skipped_updates"),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import functional
 from .._ops import activation
 from ._location import located
-from ._options import shown
+from ._options import activation_of, shown
 from ._tracing import traced
 
 
@@ -77,21 +77,30 @@ class LayerNorm(torch.nn.LayerNorm):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        act: str | None = None,
+        act_param: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The normalized input; with a residual that of input + residual, and that sum."""
+        """The normalized input; with a residual that of input + residual, and that sum.
+
+        `act` and `act_param` are the activation of this call, for a layer that has none.
+        """
         if isinstance(input, torch.fx.Proxy):  # symbolic tracing: one node, as for torch's layers
-            return traced(self, input, residual=residual, mask=mask, lengths=lengths)
+            return traced(
+                self, input, residual=residual, mask=mask, lengths=lengths, act=act,
+                act_param=act_param,
+            )  # fmt: skip
         shape, weight, bias, eps = self.normalized_shape, self.weight, self.bias, self.eps
         try:
+            act, act_param = activation_of(self, act, act_param)
             if residual is None:
                 return functional.layer_norm(
                     input, shape, weight, bias, eps,
-                    act=self.act, act_param=self.act_param, dim=self.dim, mask=mask,
+                    act=act, act_param=act_param, dim=self.dim, mask=mask,
                     lengths=lengths,
                 )  # fmt: skip
             return functional.add_layer_norm(
                 input, residual, shape, weight, bias, eps,
-                act=self.act, act_param=self.act_param, dim=self.dim, mask=mask, lengths=lengths,
+                act=act, act_param=act_param, dim=self.dim, mask=mask, lengths=lengths,
             )  # fmt: skip
         except (ValueError, TypeError) as error:
             raise located(error, self) from None

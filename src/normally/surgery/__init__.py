@@ -1,18 +1,26 @@
 """Operations on whole models."""
 
+from ._folding import FoldedNorm
+from ._fusing import FusedActivation
 from ._report import Change, Report
 from .accumulate import Accumulation, Lockstep, accumulate
 from .convert import convert, revert
+from .fold import fold
+from .fuse import fuse
 from .sync_batch_norm import convert_sync_batchnorm, revert_sync_batchnorm
 
 __all__ = [
     "Accumulation",
     "Change",
+    "FoldedNorm",
+    "FusedActivation",
     "Lockstep",
     "Report",
     "accumulate",
     "convert",
     "convert_sync_batchnorm",
+    "fold",
+    "fuse",
     "revert",
     "revert_sync_batchnorm",
 ]

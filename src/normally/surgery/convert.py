@@ -74,17 +74,20 @@ def convert(
     changes = []
     recognized: dict[Any, _foreign.Recipe] = {}
     for path, module in walk(model, only, skip, _VERB):
-        change = _convert(path, module, recognized)
+        change = convert_layer(path, module, recognized)
         if change is not None:
             changes.append(change)
     report = Report(_VERB, tuple(changes))
     return (model, report) if return_report else model
 
 
-def _convert(
+def convert_layer(
     path: str, module: torch.nn.Module, recognized: dict[Any, _foreign.Recipe]
 ) -> Change | None:
-    """One line of the report; None if it is no normalization layer, or ours already."""
+    """Convert one; a line of the report, and None if it is no normalization layer, or ours already.
+
+    `recognized` keeps what foreign layers were found to be, for the next of their kind.
+    """
     cls = type(module)
     if isinstance(module, OURS) or changed_by(module, _VERB):
         return None
