@@ -10,11 +10,14 @@ import torch
 from hypothesis import settings
 
 from normally import _triton
+from tests import torchvision_operators
 from tests.device import DEVICE, IS_CPU, BornOnDevice, backend
 
 # One shared machine may stall for seconds: a deadline would fail a correct kernel.
 settings.register_profile("normally", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("normally")
+
+torchvision_operators.declare()  # before anything imports timm
 
 TESTS = Path(__file__).parent
 #: What is asked of every device. The rest is about none, or about the CPU's own arithmetic.

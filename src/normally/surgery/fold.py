@@ -94,10 +94,11 @@ def fold(
     converted = [m for p, m in model.named_modules() if _is_foreign(p, m)]
     calls = observe(model, args, kwargs)
     flow = follow(model, calls, both_modes=False)
-    findings, changes = [], []
+    findings, changes, seen = [], [], set()
     for found in find(flow):
-        if found.module not in chosen:
+        if found.module not in chosen or found.path in seen:
             continue
+        seen.add(found.path)
         if isinstance(found, Refusal):
             kind = type(found.module).__name__
             changes.append(Change(found.path, kind, False, found.reason))
