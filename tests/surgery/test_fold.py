@@ -302,6 +302,29 @@ def test_inside_of_what_cannot_be_followed() -> None:
     assert "cannot be followed" in report.left[0].note
 
 
+class ByShape(Opaque):
+    """Branches on a size, which torch.fx cannot and torch.export can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1))
+        return self.bn(self.conv(self.inner(x)).contiguous())
+
+
+class ByShapeTwice(ByShape):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+def test_by_export() -> None:
+    report = check(nn.Sequential(ByShape()), made(2, 3, 5, 5), 2)
+    assert {c.path for c in report.changed} == {"0.inner.1", "0.bn"}
+    # A part that runs twice is one place; what is called in two places is not.
+    report = check(ByShapeTwice(), made(2, 3, 5, 5), 1, left=1)
+    assert report.changed[0].path == "inner.1"
+    assert report.left[0].note == "it is used 2 times in the forward"
+
+
 def test_selection_and_errors() -> None:
     model = randomized(Residual()).eval()
     _, report = fold(model, made(2, 3, 9, 8), only="blocks.0", skip="*.bn1", return_report=True)

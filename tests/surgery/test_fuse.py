@@ -493,6 +493,27 @@ def test_forwards_that_cannot_be_followed_are_left(make: Callable[[], nn.Module]
     assert report.changed[0].path == "1.0"
 
 
+class ByShape(nn.Module):
+    """Branches on a size, which torch.fx cannot and torch.export can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.act, self.bn = nn.Hardswish(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1))
+        return F.relu(self.bn(self.act(self.features(x))))
+
+
+def test_by_export() -> None:
+    report = check(ByShape(), 1, left=1, tolerance=1e-7)
+    assert report.changed[0].path == "features.1"
+    assert report.left[0].path == "bn"  # needs a forward, which only torch.fx can write
+    assert "torch.fx cannot trace it" in report.left[0].note
+
+
 def test_twice_and_after_convert() -> None:
     model = normally.convert(randomized(Residual()))
     twin = copy.deepcopy(model)

@@ -89,25 +89,29 @@ def _plain(name: str, *functions: Any) -> dict[Any, _Known]:
     return dict.fromkeys(functions, (name, (), ()))
 
 
-#: function or method name → activation, its parameters beyond `inplace`, their defaults.
+#: Function, or name of a method or operator → activation, its parameters beyond `inplace`, their
+#: defaults.
 _OF_FUNCTION: dict[Any, _Known] = {
     **_plain("relu", F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
-    **_plain("relu6", F.relu6),
-    **_plain("silu", F.silu),
-    **_plain("hardswish", F.hardswish),
-    **_plain("hardsigmoid", F.hardsigmoid),
+    **_plain("relu6", F.relu6, "relu6"),
+    **_plain("silu", F.silu, "silu", "silu_"),
+    **_plain("hardswish", F.hardswish, "hardswish", "hardswish_"),
+    **_plain("hardsigmoid", F.hardsigmoid, "hardsigmoid", "hardsigmoid_"),
     **_plain("sigmoid", F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"),
     **_plain("tanh", F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"),
-    F.leaky_relu: ("leaky_relu", ("negative_slope",), (0.01,)),
-    F.leaky_relu_: ("leaky_relu", ("negative_slope",), (0.01,)),
-    F.elu: ("elu", ("alpha",), (1.0,)),
-    F.elu_: ("elu", ("alpha",), (1.0,)),
-    F.gelu: ("gelu", ("approximate",), ("none",)),
+    **dict.fromkeys(
+        (F.leaky_relu, F.leaky_relu_, "leaky_relu", "leaky_relu_"),
+        ("leaky_relu", ("negative_slope",), (0.01,)),
+    ),
+    **dict.fromkeys((F.elu, F.elu_, "elu", "elu_"), ("elu", ("alpha",), (1.0,))),
+    **dict.fromkeys((F.gelu, "gelu"), ("gelu", ("approximate",), ("none",))),
     **dict.fromkeys(
         (torch.clamp, torch.clamp_, torch.clip, "clamp", "clamp_", "clip"),
         ("clamp", ("min", "max"), (None, None)),
     ),
-    F.hardtanh: ("clamp", ("min_val", "max_val"), (-1.0, 1.0)),
+    **dict.fromkeys(
+        (F.hardtanh, "hardtanh", "hardtanh_"), ("clamp", ("min_val", "max_val"), (-1.0, 1.0))
+    ),
 }
 
 #: Additions of two tensors.

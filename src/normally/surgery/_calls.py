@@ -83,6 +83,8 @@ class Calls(NamedTuple):
     counts: dict[torch.nn.Module, int]
     #: By module: how it was called, or why there is no one pattern.
     patterns: dict[torch.nn.Module, Pattern | str]
+    #: The modules that were called.
+    paths: dict[str, torch.nn.Module]
     #: What the model returned.
     output: Any
 
@@ -123,7 +125,8 @@ def observe(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     finally:
         for handle in handles:
             handle.remove()
-    return Calls(counts, patterns, output)
+    paths = {path: module for path, module in model.named_modules() if module in counts}
+    return Calls(counts, patterns, paths, output)
 
 
 @contextmanager

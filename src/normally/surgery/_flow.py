@@ -162,7 +162,11 @@ def follow(model: torch.nn.Module, calls: Calls, *, both_modes: bool) -> Flow:
             closed.add(module)
             opaque[path] = str(error)
 
-    roots = tuple(_largest(model, found, stops))
+    return flow_of(tuple(_largest(model, found, stops)), opaque, calls)
+
+
+def flow_of(roots: tuple[Root, ...], opaque: dict[str, str], calls: Calls) -> Flow:
+    """What the roots show together."""
     sites: dict[torch.nn.Module, int] = {}
     expected: dict[torch.nn.Module, int] = {}
     for root in roots:

@@ -11,7 +11,6 @@ import torch
 from ..nn._origin import becoming
 from ._carry_out import Group
 from ._derived import derive
-from ._flow import Flow
 from ._foreign import Recipe
 from ._fusions import Fusion
 from ._generated import Generated, write
@@ -33,19 +32,19 @@ class FusedActivation(torch.nn.Identity):
         return " of ".join(self._fused)
 
 
-def plan(group: Group[Fusion], flow: Flow) -> Callable[[torch.nn.Module], None]:
+def plan(group: Group[Fusion]) -> Callable[[torch.nn.Module], None]:
     """What does the fusions of a group to its owner, or to a copy of it.
 
     Raises:
         UntraceableError: if the owner needs another forward and none can be written.
     """
-    settings = [f for f in group.findings if _is_setting(f, group.findings, flow)]
+    settings = [f for f in group.findings if _is_setting(f, group.findings)]
     others = [f for f in group.findings if f not in settings]
     forward = None
     if others:
         if isinstance(group.owner.module, Generated):
             raise UntraceableError("its forward was written anew before; revert the model first")
-        forward = write(group, others, flow)
+        forward = write(group, others)
 
     def change(owner: Any) -> None:
         for fusion in settings:
@@ -58,7 +57,7 @@ def plan(group: Group[Fusion], flow: Flow) -> Callable[[torch.nn.Module], None]:
     return change
 
 
-def _is_setting(fusion: Fusion, together: Sequence[Fusion], flow: Flow) -> bool:
+def _is_setting(fusion: Fusion, together: Sequence[Fusion]) -> bool:
     """Whether the norm can have the activation as a setting, and its module pass on.
 
     The module must be the activation of nothing but such norms.
@@ -66,8 +65,7 @@ def _is_setting(fusion: Fusion, together: Sequence[Fusion], flow: Flow) -> bool:
     if fusion.add is not None or fusion.act_module is None:
         return False
     same = [f for f in together if f.act_module is fusion.act_module]
-    others = flow.sites.get(fusion.act_module, 0) - len(same)
-    return others == 0 and all(f.add is None for f in same)
+    return fusion.act_sites == len(same) and all(f.add is None for f in same)
 
 
 def _set(norm: Any, act: Any, fusion: Fusion) -> None:

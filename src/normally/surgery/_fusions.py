@@ -13,6 +13,7 @@ from . import _foreign
 from ._activations import Activation
 from ._flow import Flow, Op, Root
 from ._hooks import has_hooks
+from ._report import Change
 
 _BATCH = torch.nn.modules.batchnorm._BatchNorm
 
@@ -32,6 +33,8 @@ class Fusion(NamedTuple):
     #: The module that is the activation, and its path; None where it is a function.
     act_module: torch.nn.Module | None
     act_path: str
+    #: How often that module stands in the data flow.
+    act_sites: int
     #: The module in whose forward all of it is, by path in the model.
     owner: str
 
@@ -53,11 +56,15 @@ class Fusion(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A norm that an activation follows and that is left."""
+    """A norm that comes near to what is looked for, and why it is left."""
 
     path: str
     module: torch.nn.Module
     reason: str
+
+    def line(self) -> Change:
+        """For a report."""
+        return Change(self.path, type(self.module).__name__, False, self.reason)
 
 
 def find(flow: Flow, training: bool) -> Iterator[Fusion | Refusal]:
@@ -66,8 +73,10 @@ def find(flow: Flow, training: bool) -> Iterator[Fusion | Refusal]:
         yield from in_graph(root, root.traces[training].graph, flow)
 
 
-def in_graph(root: Root, graph: torch.fx.Graph, flow: Flow) -> Iterator[Fusion | Refusal]:
-    """All fusions of a graph of the root."""
+def in_graph(
+    root: Root, graph: torch.fx.Graph, flow: Flow | None = None
+) -> Iterator[Fusion | Refusal]:
+    """All fusions of a graph of the root; without a flow nothing is asked of other places."""
     taken: set[torch.fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_module":
@@ -75,7 +84,7 @@ def in_graph(root: Root, graph: torch.fx.Graph, flow: Flow) -> Iterator[Fusion |
         op = root.op(node)
         if op.kind != "norm" or op.module is None or _own_activation(op.module):
             continue
-        found = _after(root, node, op)
+        found = _after(root, node, op, flow)
         if found is None or taken & {found.add, found.act} - {None}:
             continue
         reason = _why_not(found, flow)
@@ -95,7 +104,7 @@ def _own_activation(norm: torch.nn.Module) -> bool:
     return isinstance(getattr(norm, "act", None), str)
 
 
-def _after(root: Root, norm: torch.fx.Node, op: Op) -> Fusion | None:
+def _after(root: Root, norm: torch.fx.Node, op: Op, flow: Flow | None) -> Fusion | None:
     """What follows a norm: an activation, or an addition and perhaps an activation."""
     if norm.kwargs or len(norm.args) != 1:
         return None  # its own forward was called with a residual, a mask or an activation
@@ -117,8 +126,9 @@ def _after(root: Root, norm: torch.fx.Node, op: Op) -> Fusion | None:
     act = root.op(node) if node is not None else Op("other")
     nodes = [n for n in (norm, add, node) if n is not None]
     owner = common([root.scope(n) for n in nodes])
+    sites = flow.sites.get(act.module, 0) if flow is not None and act.module is not None else 0
     return Fusion(
-        root, norm, op.path, add, residual, node, act.activation, act.module, act.path, owner
+        root, norm, op.path, add, residual, node, act.activation, act.module, act.path, sites, owner
     )
 
 
@@ -159,13 +169,13 @@ def common(scopes: list[str]) -> str:
     return ".".join(first)
 
 
-def _why_not(found: Fusion, flow: Flow) -> str | None:
+def _why_not(found: Fusion, flow: Flow | None) -> str | None:
     norm = found.module
     if found.activation is not None and not takes_activation(norm):
         return f"{type(norm).__name__} has no fused activations"
-    if flow.sites.get(norm, 0) > 1:
+    if flow is not None and flow.sites.get(norm, 0) > 1:
         return f"it is used {flow.sites[norm]} times in the forward"
-    if flow.is_called_elsewhere(norm):
+    if flow is not None and flow.is_called_elsewhere(norm):
         return "it is called as well where the data flow cannot be followed"
     if has_hooks(norm):
         return "its hooks would see other values"

@@ -19,7 +19,7 @@ from torch.package.importer import sys_importer
 from ._calls import Pattern
 from ._carry_out import Group
 from ._derived import Derived
-from ._flow import Flow, Root, join
+from ._flow import Root, join
 from ._fusions import Fusion, Refusal, in_graph
 from ._hooks import has_hooks
 from ._trace import Read, UntraceableError, trace
@@ -103,13 +103,12 @@ class Generated(Derived):
         return self._base.forward(module, *args, **kwargs)
 
 
-def write(group: Group[Fusion], fusions: Sequence[Fusion], flow: Flow) -> Plan:
+def write(group: Group[Fusion], fusions: Sequence[Fusion]) -> Plan:
     """The forwards of a group's owner with these fusions of it done.
 
     Args:
         group: the owner and all that is found in it.
         fusions: those that are done by its forward.
-        flow: of the model.
 
     Raises:
         UntraceableError: if it cannot be done.
@@ -124,7 +123,7 @@ def write(group: Group[Fusion], fusions: Sequence[Fusion], flow: Flow) -> Plan:
     for mode in (False, True):
         traced = trace(owner.module, owner.pattern, mode, lambda m: m not in inside)
         root = owner._replace(traces={mode: traced})
-        _rewrite(root, traced.graph, {fusion.path: str(fusion) for fusion in fusions}, flow)
+        _rewrite(root, traced.graph, {fusion.path: str(fusion) for fusion in fusions})
         codes[mode] = Code(_source(traced.graph), traced.reads)
     acts = {f.act_path: f.act_module for f in fusions if f.act_module is not None}
     norms = {f.path: f.module for f in fusions}
@@ -148,9 +147,9 @@ def _between(group: Group[Fusion], fusions: Sequence[Fusion]) -> dict[str, torch
     return found
 
 
-def _rewrite(root: Root, graph: torch.fx.Graph, wanted: dict[str, str], flow: Flow) -> None:
+def _rewrite(root: Root, graph: torch.fx.Graph, wanted: dict[str, str]) -> None:
     left = dict(wanted)
-    for found in list(in_graph(root, graph, flow)):
+    for found in list(in_graph(root, graph)):
         if isinstance(found, Refusal) or wanted.get(found.path) != str(found):
             continue
         del left[found.path]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Literal, overload
 
 import torch
 
 from ..nn._origin import go_back
+from . import _export
 from ._calls import as_call, observe
 from ._carry_out import Verb, carry_out, output_deviation
-from ._flow import follow, is_norm
+from ._flow import Flow, follow, is_norm
 from ._folding import VERB, plan
 from ._folds import Fold, find, has_statistics
 from ._fusions import Refusal
@@ -57,7 +59,8 @@ def fold(
     without a bias gets one.
 
     Which layer is before a norm is found by data flow: the model runs once on the example, and its
-    forwards are followed in evaluation, through views and nested modules. A fold is kept if two
+    forwards are followed in evaluation (`torch.fx`; `torch.export` where that cannot), through
+    views and nested modules. A fold is kept if two
     copies of the module around it, one folded, give the same output on the example in float64. A
     layer that is used several times, whose output somebody else takes as well, whose parameters
     another module has, or that has hooks is left with the reason.
@@ -94,16 +97,15 @@ def fold(
     converted = [m for p, m in model.named_modules() if _is_foreign(p, m)]
     calls = observe(model, args, kwargs)
     flow = follow(model, calls, both_modes=False)
-    findings, changes, seen = [], [], set()
-    for found in find(flow):
-        if found.module not in chosen or found.path in seen:
-            continue
-        seen.add(found.path)
-        if isinstance(found, Refusal):
-            kind = type(found.module).__name__
-            changes.append(Change(found.path, kind, False, found.reason))
-        else:
-            findings.append(found)
+    found = _look(flow, chosen)
+    undecided = [path for path, result in found.items() if isinstance(result, Refusal)]
+    undecided += [c.path for c in _unseen(model, chosen, found)]
+    for other in _export.follow(model, args, kwargs, flow, undecided, both_modes=False):
+        for path, result in _look(other, chosen).items():
+            if path not in found or isinstance(result, Fold):
+                found[path] = result
+    changes = [f.line() for f in found.values() if isinstance(f, Refusal)]
+    findings = [f for f in found.values() if isinstance(f, Fold)]
     verb = Verb[Fold](
         plan=plan,
         note=lambda fold: f"folded into {fold.weights_path}",
@@ -113,7 +115,7 @@ def fold(
     changes += carry_out(model, args, kwargs, findings, flow, verb)
     for norm in converted:
         go_back(norm, "convert")
-    changes += _unseen(model, chosen, changes)
+    changes += _unseen(model, chosen, found)
     has_changed = any(change.done for change in changes)
     deviation = output_deviation(model, args, kwargs, calls.output) if has_changed else None
     report = Report(VERB, tuple(changes), deviation)
@@ -128,13 +130,21 @@ def _is_foreign(path: str, module: torch.nn.Module) -> bool:
     return change is not None and change.done
 
 
+def _look(flow: Flow, chosen: set[torch.nn.Module]) -> dict[str, Fold | Refusal]:
+    """What the flow shows of the norms, by path."""
+    found: dict[str, Fold | Refusal] = {}
+    for result in find(flow):
+        if result.module in chosen:
+            found.setdefault(result.path, result)
+    return found
+
+
 def _unseen(
-    model: torch.nn.Module, chosen: set[torch.nn.Module], seen: list[Change]
+    model: torch.nn.Module, chosen: set[torch.nn.Module], seen: Container[str]
 ) -> list[Change]:
     """Lines for norms that the data flow did not show."""
-    paths = {change.path for change in seen}
     return [
         Change(path, type(module).__name__, False, "the data flow around it cannot be followed")
         for path, module in model.named_modules()
-        if module in chosen and path not in paths and has_statistics(module)
+        if module in chosen and path not in seen and has_statistics(module)
     ]

@@ -7,8 +7,9 @@ from typing import Any, Literal, overload
 import torch
 
 from ..nn._origin import go_back
+from . import _export
 from ._calls import as_call, observe
-from ._carry_out import Verb, carry_out, left, output_deviation
+from ._carry_out import Verb, carry_out, output_deviation
 from ._flow import Flow, follow
 from ._fusing import VERB, plan
 from ._fusions import Fusion, Refusal, find
@@ -46,7 +47,7 @@ def fuse(
     """Make norm → activation and norm → add → activation one kernel each, in place.
 
     They are found by data flow, not by names: the model runs once on the example, its forwards are
-    followed (`torch.fx`), and an activation is one whether it is a module, a function or a method.
+    followed (`torch.fx`; `torch.export` where that cannot), and an activation is one whether it is a module, a function or a method.
     Where a module applies the activation, the norm gets it as `act` and the module passes on what
     it gets. Where a function applies it, or something is added before, the module in whose forward
     that happens gets a forward of its own, written from the graph; for calls unlike the example's,
@@ -86,15 +87,20 @@ def fuse(
     chosen = {module for _, module in walk(model, only, skip, VERB)}
     calls = observe(model, args, kwargs)
     flow = follow(model, calls, both_modes=True)
-    found, changes = _candidates(flow, chosen)
-    found, converted, refused = _convert(found)
+    found = _candidates(flow, chosen)
+    for other in _export.follow(
+        model, args, kwargs, flow, _at_edges(flow, chosen), both_modes=True
+    ):
+        found = _candidates(other, chosen) | found
+    changes = [f.line() for f in found.values() if isinstance(f, Refusal)]
+    fusions, converted, refused = _convert([f for f in found.values() if isinstance(f, Fusion)])
     verb = Verb[Fusion](
-        plan=lambda group: plan(group, flow),
+        plan=plan,
         note=lambda fusion: f"{fusion} in one kernel",
         modes=(False, True),
         gradients=True,
     )
-    changes += [*refused, *carry_out(model, args, kwargs, found, flow, verb)]
+    changes += [*refused, *carry_out(model, args, kwargs, fusions, flow, verb)]
     fused = {change.path for change in changes if change.done}
     for path, norm in converted.items():
         if path not in fused:  # it stays what it was
@@ -104,28 +110,44 @@ def fuse(
     return (model, report) if return_report else model
 
 
-def _candidates(flow: Flow, chosen: set[torch.nn.Module]) -> tuple[list[Fusion], list[Change]]:
-    """The fusions that are the same in both modes, and lines for what comes near to one."""
-    found: dict[bool, dict[str, Fusion]] = {False: {}, True: {}}
-    refused: dict[str, Change] = {}
+def _candidates(flow: Flow, chosen: set[torch.nn.Module]) -> dict[str, Fusion | Refusal]:
+    """By path: the fusions that are the same in both modes, and what comes near to one."""
+    found: dict[bool, dict[str, Fusion | Refusal]] = {False: {}, True: {}}
     for mode, by_path in found.items():
         for candidate in find(flow, mode):
-            if candidate.module not in chosen:
-                continue
-            if isinstance(candidate, Refusal):
-                kind = type(candidate.module).__name__
-                refused[candidate.path] = Change(candidate.path, kind, False, candidate.reason)
-            else:
-                by_path[candidate.path] = candidate
-    same = []
+            if candidate.module in chosen:
+                by_path.setdefault(candidate.path, candidate)
+    same: dict[str, Fusion | Refusal] = {}
     for path, candidate in (found[True] | found[False]).items():
         one, other = found[False].get(path), found[True].get(path)
-        if one is None or other is None or not one.is_like(other):
+        refusals = [f for f in (one, other) if isinstance(f, Refusal)]
+        if refusals:
+            same[path] = refusals[0]
+        elif isinstance(one, Fusion) and isinstance(other, Fusion) and one.is_like(other):
+            same[path] = one
+        else:
             reason = "what follows it in training is not what follows it in evaluation"
-            refused.setdefault(path, left(candidate, reason))
-        elif path not in refused:
-            same.append(one)
-    return same, list(refused.values())
+            same[path] = Refusal(path, candidate.module, reason)
+    return same
+
+
+def _at_edges(flow: Flow, chosen: set[torch.nn.Module]) -> list[str]:
+    """Paths of norms whose output leaves what can be followed, or that are not in it at all.
+
+    Of those that images have: the others are not seen before an activation.
+    """
+    inside = {
+        root.module.get_submodule(node.target)
+        for root in flow.roots
+        for node in root.traces[False].graph.nodes
+        if node.op == "call_module" and all(user.op != "output" for user in node.users)
+    }
+    kinds = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm)
+    return [
+        path
+        for path, module in flow.calls.paths.items()
+        if module in chosen and module not in inside and isinstance(module, kinds)
+    ]
 
 
 def _convert(
