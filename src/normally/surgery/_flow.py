@@ -28,7 +28,8 @@ _VIEWS = frozenset(
     }
 )  # fmt: skip
 
-_CONVOLUTIONS = (
+#: What has weights that a norm can be folded into.
+CONVOLUTIONS = (
     torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d,
     torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d,
     torch.nn.Linear,
@@ -95,7 +96,7 @@ def classify(module: torch.nn.Module, path: str) -> Op:
     """What a call of the module is."""
     if is_norm(module):
         return Op("norm", module, path)
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         return Op("weights", module, path)
     if isinstance(module, torch.nn.Identity | torch.nn.Flatten | torch.nn.Unflatten):
         return Op("view", module, path)
