@@ -9,6 +9,7 @@ from .surgery import (
     convert_sync_batchnorm,
     fold,
     fuse,
+    recalibrate,
     revert,
     revert_sync_batchnorm,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "functional",
     "fuse",
     "nn",
+    "recalibrate",
     "reference",
     "revert",
     "revert_sync_batchnorm",

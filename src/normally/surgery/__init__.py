@@ -7,6 +7,7 @@ from .accumulate import Accumulation, Lockstep, accumulate
 from .convert import convert, revert
 from .fold import fold
 from .fuse import fuse
+from .recalibrate import recalibrate
 from .sync_batch_norm import convert_sync_batchnorm, revert_sync_batchnorm
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "fold",
     "fuse",
+    "recalibrate",
     "revert",
     "revert_sync_batchnorm",
 ]
