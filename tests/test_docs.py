@@ -169,6 +169,7 @@ def load(example: Path) -> ModuleType:
 
 def test_every_example_has_a_test() -> None:
     assert [example.stem for example in EXAMPLES] == [
+        "adaptation",  # in tests/surgery/test_adapt.py
         "diffusion_block",
         "distributed",  # in tests/distributed/test_example.py
         "drop_in",

@@ -28,7 +28,7 @@ PUBLIC = (
 PROMISED = {
     "normally": {
         "functional", "nn", "reference", "distributed", "backends", "create_norm", "accumulate",
-        "recalibrate",
+        "adapt", "recalibrate",
         "convert_sync_batchnorm", "revert_sync_batchnorm", "__version__",
     },
     "normally.functional": {

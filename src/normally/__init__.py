@@ -5,6 +5,7 @@ from ._native import backends
 from .nn import create_norm
 from .surgery import (
     accumulate,
+    adapt,
     convert,
     convert_sync_batchnorm,
     fold,
@@ -17,6 +18,7 @@ from .surgery import (
 __all__ = [
     "__version__",
     "accumulate",
+    "adapt",
     "backends",
     "convert",
     "convert_sync_batchnorm",

@@ -1,4 +1,4 @@
-"""What the tests of `recalibrate` share: models, and statistics by plain sums."""
+"""What the tests of `recalibrate` and `adapt` share: models, and statistics by plain sums."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normally import nn, recalibrate
+from normally import adapt, nn, recalibrate
 from tests.distributed.launch import results, run
 from tests.helpers import assert_same_bits
 from tests.surgery.populations import State, images, network
@@ -213,3 +213,24 @@ def test_each_process_has_a_file_of_its_own(tmp_path: Path, layerwise: bool) -> 
         assert told == passes * len(CUTS[0][rank]) - (2, 1)[rank]
         for name, value in expected.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-11, atol=1e-11)
+
+
+def _adapted(rank: int) -> tuple[dict[str, Tensor], str]:
+    model = _network("sync")
+    adapt(model, _share(rank, CUTS[0]), method="mix", prior=0.25)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.restore()  # type: ignore[operator]
+    try:
+        adapt(model, _share(rank, CUTS[0]), method="tent")
+    except NotImplementedError as error:
+        return state, str(error)
+    return state, ""
+
+
+def test_adapt_in_several_processes() -> None:
+    expected = _network("torch")
+    adapt(expected, _all(CUTS[0]), method="mix", prior=0.25)
+    for state, refused in results(2, _adapted):
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-11, atol=1e-11)
+        assert "method='tent' is of one process" in refused

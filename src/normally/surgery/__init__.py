@@ -4,6 +4,7 @@ from ._folding import FoldedNorm
 from ._fusing import FusedActivation
 from ._report import Change, Report
 from .accumulate import Accumulation, Lockstep, accumulate
+from .adapt import adapt
 from .convert import convert, revert
 from .fold import fold
 from .fuse import fuse
@@ -18,6 +19,7 @@ __all__ = [
     "Lockstep",
     "Report",
     "accumulate",
+    "adapt",
     "convert",
     "convert_sync_batchnorm",
     "fold",

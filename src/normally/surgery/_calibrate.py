@@ -1,4 +1,4 @@
-"""Measure batch norms over data and write what was found."""
+"""Measure batch norms over data and write what was found: for `recalibrate` and `adapt`."""
 
 from __future__ import annotations
 
