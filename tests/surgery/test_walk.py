@@ -36,7 +36,6 @@ ALL = [
         ({"only": lambda path, module: path.endswith("bn1")}, ["blocks.0.bn1", "blocks.1.bn1"]),
         ({"skip": lambda path, module: isinstance(module, nn.BatchNorm2d)}, []),
     ],
-    ids=str,
 )
 def test_selection(selection: dict[str, object], expected: list[str]) -> None:
     assert paths(**selection) == expected
