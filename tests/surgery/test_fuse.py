@@ -222,6 +222,32 @@ def test_forms_with_additions(model: Callable[[], nn.Module], fused: int) -> Non
 # --- what is left, and why
 
 
+class Branches(nn.Module):
+    """HRNet's: a list of branches that nobody calls, and sums of sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3)
+        )
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branches[0](x)
+        for branch in self.branches[1:]:
+            y = y + branch(x)
+        return self.act(y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sums_of_sums_in_a_list_of_layers(whole: bool) -> None:
+    model = Branches()
+    if not whole:  # the list is in a part of a model that cannot be followed
+        model = nn.Sequential(model, DataDependent())
+    report = check(model, 2, left=None)
+    assert all("used 2 times" not in change.note for change in report.left)
+
+
 class Reused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
