@@ -9,10 +9,12 @@ from .surgery import (
     convert,
     convert_sync_batchnorm,
     fold,
+    freeze,
     fuse,
     recalibrate,
     revert,
     revert_sync_batchnorm,
+    unfreeze,
 )
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "create_norm",
     "distributed",
     "fold",
+    "freeze",
     "functional",
     "fuse",
     "nn",
@@ -32,5 +35,6 @@ __all__ = [
     "reference",
     "revert",
     "revert_sync_batchnorm",
+    "unfreeze",
 ]
 __version__ = "0.1.0"

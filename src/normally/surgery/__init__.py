@@ -7,6 +7,7 @@ from .accumulate import Accumulation, Lockstep, accumulate
 from .adapt import adapt
 from .convert import convert, revert
 from .fold import fold
+from .freeze import freeze, unfreeze
 from .fuse import fuse
 from .recalibrate import recalibrate
 from .sync_batch_norm import convert_sync_batchnorm, revert_sync_batchnorm
@@ -23,8 +24,10 @@ __all__ = [
     "convert",
     "convert_sync_batchnorm",
     "fold",
+    "freeze",
     "fuse",
     "recalibrate",
     "revert",
     "revert_sync_batchnorm",
+    "unfreeze",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference import activate
 from . import _foreign
 from ._carry_out import Group
+from ._evaluation import flag
 from ._folds import Fold
 
 VERB = "fold"
@@ -106,7 +107,7 @@ def _absorb(layer: Any, scale: Tensor, shift: Tensor) -> None:
 def _empty(norm: Any) -> None:
     """Make it a `FoldedNorm`, in place: it stays in all places where it is."""
     act = _activation_module(norm)
-    training = norm.training
+    training = flag(norm)
     norm.__class__ = FoldedNorm
     norm.__dict__ = torch.nn.Identity().__dict__
     norm.training = training
