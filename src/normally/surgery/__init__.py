@@ -9,6 +9,7 @@ from .convert import convert, revert
 from .fold import fold
 from .freeze import freeze, unfreeze
 from .fuse import fuse
+from .norm_param_groups import norm_param_groups
 from .recalibrate import recalibrate
 from .sync_batch_norm import convert_sync_batchnorm, revert_sync_batchnorm
 
@@ -26,6 +27,7 @@ __all__ = [
     "fold",
     "freeze",
     "fuse",
+    "norm_param_groups",
     "recalibrate",
     "revert",
     "revert_sync_batchnorm",
