@@ -11,6 +11,7 @@ from .freeze import freeze, unfreeze
 from .fuse import fuse
 from .norm_param_groups import norm_param_groups
 from .recalibrate import recalibrate
+from .replace import replace
 from .sync_batch_norm import convert_sync_batchnorm, revert_sync_batchnorm
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "fuse",
     "norm_param_groups",
     "recalibrate",
+    "replace",
     "revert",
     "revert_sync_batchnorm",
     "unfreeze",

@@ -61,9 +61,9 @@ def norm_param_groups(
 
     A norm is known by its class, by a class name with "norm" in it and a weight, or by an eps
     beside parameters of one dimension at most, so that layers of all libraries are found without
-    running them; all its own parameters are meant. A bias has "bias" in its name and one dimension at most
-    (`in_proj_bias`, `bias_ih_l0`). Also without decay is what `no_decay` names, and what the model
-    itself names by a method `no_weight_decay()`, as timm's do.
+    running them; all its own parameters are meant. A bias has "bias" in its name and one dimension
+    at most (`in_proj_bias`, `bias_ih_l0`). Also without decay is what `no_decay` names, and what
+    the model itself names by a method `no_weight_decay()`, as timm's do.
 
     Every parameter is in one group, once, in the model's order; one that is shared does not decay
     if it does not in one of its places. The model stays as it is.
