@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from .. import _native, _triton, reference
 from .._ops import activation, running_stats, sync_batch_norm
 from .._ops import batch_norm as ops
+from .._ops._library import record
 from .._ops.batch_norm_autograd import EagerBatchNorm
 from .._ops.batch_norm_transforms import TransformableBatchNorm
 from ..distributed import Peers
@@ -123,6 +124,7 @@ def batch_norm(
     x = input
     moved = channel_dim != 1 and is_other_dim(channel_dim, input)
     if moved:
+        channel_dim %= input.dim()  # an ONNX exporter takes no other
         x = input.movedim(channel_dim, 1)
     if mask is not None or lengths is not None:
         mask = prepare_mask(input, mask, lengths, channel_dim, "batch_norm")
@@ -263,7 +265,7 @@ def _run(call: Call) -> Tensor:
     output: Tensor
     arguments = (*call[:5], mean, var, call.eps, call.correction, call.act, call.act_param, False)
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        output, stats, _ = ops.forward(*arguments)
+        output, stats, _ = record(ops.forward, *arguments)
     elif forward_ad._current_level >= 0:
         # Operators have no forward-mode formula; the plain expression does.
         output = reference.batch_norm(
@@ -274,7 +276,7 @@ def _run(call: Call) -> Tensor:
     else:
         output, stats, _ = TransformableBatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     tracks = call.running_mean is not None or call.running_var is not None
-    if call.training and tracks and not running_stats.is_recomputation():
+    if call.training and tracks and not running_stats.are_fixed():
         running_stats.update(*call[5:9], stats, call.momentum, call.unbiased)
         running_stats.mark_changed(call.running_mean, call.running_var)
     return output
