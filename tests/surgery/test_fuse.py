@@ -28,6 +28,7 @@ from tests.surgery.models import (
     randomized,
     snapshot,
 )
+from tests.surgery.test_convert import NormAct
 
 X = torch.randn(4, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -565,3 +566,16 @@ def test_example_inputs(bad: Any) -> None:
 def test_what_a_failing_model_raises_is_its_own() -> None:
     with pytest.raises(RuntimeError, match="channels"):
         fuse(Residual(), torch.randn(2, 5, 8, 8))
+
+
+def test_a_converted_and_fused_layer_is_pickled() -> None:
+    """It remembers a class that was made at run time."""
+    model = normally.convert(
+        nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4, nn.Identity()), nn.ReLU())
+    )
+    x = torch.randn(2, 3, 4, 4)
+    _, report = fuse(model, x, return_report=True)
+    assert report.changed
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    assert [type(m) for m in normally.revert(again)] == [nn.Conv2d, NormAct, nn.ReLU]

@@ -160,7 +160,7 @@ def batch_norm(
         output = _run(checked(call))
 
     if added is not None:
-        output = reference.activate(output + added, act, act_param)
+        output = reference.hide(reference.activate(output + added, act, act_param), mask)
     return output.movedim(1, channel_dim) if moved else output
 
 
@@ -218,9 +218,13 @@ def _differentiates(call: Call) -> bool:
 
 
 def _wants_bits(call: Call) -> bool:
-    """Whether bits can take the residual's place in the backward."""
+    """Whether bits can take the place of the residual, or of a constant layer's input."""
+    constants = (call.weight, call.bias)
+    is_constant = not call.training and not any(
+        t is not None and t.requires_grad for t in constants
+    )
     return (
-        call.residual is not None
+        (call.residual is not None or is_constant)
         and call.mask is None
         and call.act in activation.PIECEWISE_CONSTANT
     )
