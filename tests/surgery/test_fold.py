@@ -243,6 +243,22 @@ def test_a_residual_in_the_call_is_kept() -> None:
     check(WithResidual(), made(2, 3, 5, 5), 1)
 
 
+class AsTokens(nn.Module):
+    """LeViT's: a linear layer whose output is asked for its shape as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.bn(x.flatten(0, 1)).reshape_as(x)
+
+
+def test_who_asks_for_a_shape_takes_no_value() -> None:
+    check(AsTokens(), made(2, 3, 5), 1)
+
+
 def test_what_is_left_of_a_norm() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), normally.nn.BatchNorm2d(8, act="relu")).train()
     norm = model[1]

@@ -24,9 +24,13 @@ from ._trace import Trace, UntraceableError, scope_of, trace
 _VIEWS = frozenset(
     {
         "view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-        "movedim", "swapaxes", "unflatten", "clone",
+        "movedim", "swapaxes", "unflatten", "clone", "view_as", "reshape_as",
     }
 )  # fmt: skip
+
+#: What takes nothing but the shape or the type of an operand: of the first one, of another one.
+_ASKS = frozenset({"size", "dim", "numel", "getattr", "ndimension"})
+_TAKES_SHAPE = frozenset({"view_as", "reshape_as", "expand_as"})
 
 #: What has weights that a norm can be folded into.
 CONVOLUTIONS = (
@@ -70,7 +74,7 @@ class Root(NamedTuple):
             return Op("act", activation=activation)
         if node.target in _activations.ADDITIONS and set(node.kwargs) <= {"other"}:
             return Op("add")
-        name = node.target if isinstance(node.target, str) else node.target.__name__
+        name = node.target if isinstance(node.target, str) else _name(node.target)
         return Op("view" if name in _VIEWS else "other")
 
     def scope(self, node: torch.fx.Node) -> str:
@@ -116,6 +120,25 @@ def is_leaf(module: torch.nn.Module) -> bool:
         return True
     is_torchs = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
     return is_torchs and not isinstance(module, _CONTAINERS)
+
+
+def takers(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Those who take a node's value, not its shape alone."""
+
+    def takes(user: torch.fx.Node) -> bool:
+        name = user.target if isinstance(user.target, str) else _name(user.target)
+        if user.op in ("call_function", "call_method"):
+            if name in _ASKS:
+                return False
+            if name in _TAKES_SHAPE:
+                return user.args[0] is node
+        return True
+
+    return [user for user in node.users if takes(user)]
+
+
+def _name(target: Callable[..., object]) -> str:
+    return getattr(target, "__name__", "")
 
 
 class Flow(NamedTuple):

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from .. import nn
 from . import _foreign
-from ._flow import Flow, Op, Root
+from ._flow import Flow, Op, Root, takers
 from ._fusions import Refusal, common
 from ._hooks import has_hooks
 
@@ -64,13 +64,13 @@ def _before(
         return "it normalizes with the batch's own statistics in evaluation, too"
     node: Any = norm.args[0] if norm.args else norm.kwargs["input"]
     while root.op(node).kind in ("view", "dropout"):
-        if len(node.users) != 1:
+        if len(takers(node)) != 1:
             return "its input is used elsewhere as well"
         node = node.all_input_nodes[0]
     source = root.op(node)
     if source.kind != "weights" or source.module is None:
         return "its input is no convolution's or linear layer's output"
-    if len(node.users) != 1:
+    if len(takers(node)) != 1:
         return f"the output of {source.path} is used elsewhere as well"
     for module, path in ((op.module, "it"), (source.module, source.path)):
         reason = _why_not(module, flow)

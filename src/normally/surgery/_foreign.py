@@ -40,9 +40,8 @@ class Recipe:
     #: RMS norm's.
     casting: str = "torch"
     zero_centered_weight: bool = False
-    #: Whether it is the formula for inputs and weights of two dtypes, too. Where it is not, and they
-    #: are, the layer's own forward runs: Llama's multiplies a half input by a float32 weight into
-    #: a float32 output.
+    #: Whether it is the formula for an input and a weight of two dtypes, too. If not, the layer's
+    #: own forward runs for those: Llama's multiplies half by float32 into float32.
     mixed: bool = True
     #: The activation that the layer's child `act` is, and that child's class.
     act: _activations.Activation | None = None
