@@ -25,7 +25,7 @@ from ._recipe import Kept, NormRecipe, Operand, Recipe, ReluRecipe, version_of
 
 #: The most passes over memory that one output may take. Residual blocks feed each other, and a
 #: chain of n outputs would take n²/2 of them: beyond this a residual is kept after all.
-MAX_COST = 4
+MAX_COST = 6
 
 # In the metadata of an autograd node: a weak reference to the recipe of what it gave, which the
 # replaced tensors hold, so that a backward frees it; and that `replace_saved` has been there.
