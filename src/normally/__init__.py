@@ -9,10 +9,14 @@ from .surgery import (
     convert,
     convert_sync_batchnorm,
     fold,
+    freeze,
     fuse,
+    norm_param_groups,
     recalibrate,
+    replace,
     revert,
     revert_sync_batchnorm,
+    unfreeze,
 )
 
 __all__ = [
@@ -25,12 +29,16 @@ __all__ = [
     "create_norm",
     "distributed",
     "fold",
+    "freeze",
     "functional",
     "fuse",
     "nn",
+    "norm_param_groups",
     "recalibrate",
     "reference",
+    "replace",
     "revert",
     "revert_sync_batchnorm",
+    "unfreeze",
 ]
 __version__ = "0.1.0"

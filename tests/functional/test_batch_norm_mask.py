@@ -218,3 +218,13 @@ def test_any_view(data: st.DataObject, dtype: torch.dtype, act: str | None) -> N
         act=act,
         training=data.draw(st.booleans(), label="training"),
     )
+
+
+def test_a_residual_of_another_dtype_leaves_the_padding_0() -> None:
+    """The activation comes after the sum then, and sigmoid(0) is not 0."""
+    x, residual = torch.randn(4, 3, 5).bfloat16(), torch.randn(4, 3, 5)
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[0], residual[0] = False, torch.nan
+    y = batch_norm(x, None, None, training=True, act="sigmoid", residual=residual, mask=mask)
+    assert y[0].eq(0).all()
+    assert y[1:].gt(0).all()

@@ -211,6 +211,38 @@ def test_foreign_layers(name: str) -> None:
     assert snapshot(model) == before
 
 
+class LlamasNorm(nn.Module):
+    """In the form of Llama's: half inputs and a float32 weight give float32."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, size))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+def test_a_foreign_layer_with_mixed_dtypes_keeps_its_own_promotion() -> None:
+    layer = LlamasNorm(C)
+    twin = copy.deepcopy(layer)
+    layer, report = convert(layer, return_report=True)
+    assert report.changes[0].note == "normally's RMS norm (casting='llama')"
+    x = torch.randn(2, 3, C)
+    torch.testing.assert_close(layer(x), twin(x))
+    half = x.bfloat16()
+    found, expected = layer(half), twin(half)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    both = [copy.deepcopy(m).bfloat16()(half) for m in (layer, twin)]
+    torch.testing.assert_close(*both, rtol=1e-2, atol=0)  # one unit of bfloat16 is 8e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        linear = nn.Linear(C, C)
+        assert layer(linear(x)).dtype is twin(linear(x)).dtype is torch.float32
+
+
 def test_a_foreign_activation_that_is_replaced_later_is_called() -> None:
     layer = convert(NormAct(C, nn.ReLU()))
     layer.act = nn.Tanh()

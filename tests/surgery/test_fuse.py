@@ -28,6 +28,7 @@ from tests.surgery.models import (
     randomized,
     snapshot,
 )
+from tests.surgery.test_convert import NormAct
 
 X = torch.randn(4, 3, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -220,6 +221,32 @@ def test_forms_with_additions(model: Callable[[], nn.Module], fused: int) -> Non
 
 
 # --- what is left, and why
+
+
+class Branches(nn.Module):
+    """HRNet's: a list of branches that nobody calls, and sums of sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3)
+        )
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branches[0](x)
+        for branch in self.branches[1:]:
+            y = y + branch(x)
+        return self.act(y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sums_of_sums_in_a_list_of_layers(whole: bool) -> None:
+    model = Branches()
+    if not whole:  # the list is in a part of a model that cannot be followed
+        model = nn.Sequential(model, DataDependent())
+    report = check(model, 2, left=None)
+    assert all("used 2 times" not in change.note for change in report.left)
 
 
 class Reused(nn.Module):
@@ -539,3 +566,16 @@ def test_example_inputs(bad: Any) -> None:
 def test_what_a_failing_model_raises_is_its_own() -> None:
     with pytest.raises(RuntimeError, match="channels"):
         fuse(Residual(), torch.randn(2, 5, 8, 8))
+
+
+def test_a_converted_and_fused_layer_is_pickled() -> None:
+    """It remembers a class that was made at run time."""
+    model = normally.convert(
+        nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4, nn.Identity()), nn.ReLU())
+    )
+    x = torch.randn(2, 3, 4, 4)
+    _, report = fuse(model, x, return_report=True)
+    assert report.changed
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    assert [type(m) for m in normally.revert(again)] == [nn.Conv2d, NormAct, nn.ReLU]

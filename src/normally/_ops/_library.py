@@ -14,6 +14,9 @@ from .. import _triton
 #: Schemas are defined here, once; compiled libraries only add implementations.
 LIBRARY = torch.library.Library("normally", "DEF")
 
+_fakes: dict[Any, Callable[..., Any]] = {}
+_decompositions: dict[Any, Callable[..., Any]] = {}
+
 
 def define(
     schema: str,
@@ -34,7 +37,28 @@ def define(
     if gpu is not None and _triton.device_type is not None:
         LIBRARY.impl(name, _triton.implement(gpu, fake), _triton.device_type.upper())
     torch.library.register_fake(f"normally::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.normally, name).default
+    operator = getattr(torch.ops.normally, name).default
+    _fakes[operator] = fake
+    return operator
+
+
+def register_decomposition(operator: Any, decomposition: Callable[..., Any]) -> None:
+    """Say what an operator is in torch's own, for exporters that know no others."""
+    _decompositions[operator] = decomposition
+    torch._decomp.register_decomposition(operator)(decomposition)
+    # Where sizes are symbols, torch takes shapes and strides from a decomposition, unless there is
+    # a function for just that.
+    torch._decomp.register_decomposition(operator, type="meta")(_fakes[operator])
+
+
+def record(operator: Any, *arguments: Any) -> Any:
+    """Call an operator where something writes the calls down: a compiler or a tracer.
+
+    ONNX' older exporter, a tracer, has no table of decompositions.
+    """
+    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        return _decompositions[operator](*arguments)
+    return operator(*arguments)
 
 
 def map_elements(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:

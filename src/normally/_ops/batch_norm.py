@@ -59,7 +59,7 @@ def _forward_fallback(
     if mean is None or var is None:
         return output, batch_statistics(input, mask), no_bits
     given = torch.stack((mean, var, torch.zeros_like(mean)))
-    return output, given.to(_stats_dtype(input)), no_bits
+    return output, given.to(stats_dtype(input)), no_bits
 
 
 def batch_statistics(input: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,13 +74,14 @@ def batch_statistics(input: Tensor, mask: Tensor | None) -> Tensor:
     return torch.stack((mean.flatten(), var.flatten(), count.flatten()))
 
 
-def _stats_dtype(input: Tensor) -> torch.dtype:
+def stats_dtype(input: Tensor) -> torch.dtype:
+    """What statistics of an input are kept in."""
     return torch.float32 if input.device.type == "mps" else torch.float64
 
 
 def stats_like(input: Tensor) -> Tensor:
     """Uninitialized statistics of an input."""
-    return input.new_empty((3, input.shape[1]), dtype=_stats_dtype(input))
+    return input.new_empty((3, input.shape[1]), dtype=stats_dtype(input))
 
 
 def forward_fake(

@@ -26,11 +26,21 @@ def remember(
     bits: Tensor,
     config: tuple[Any, ...],
 ) -> None:
-    """Save for backward what it reads: the residual only where its gradient reads it."""
+    """Save for backward what it reads: the residual only where its gradient reads it.
+
+    Nor the input, in evaluation without gradients of γ and β: dx = act′(z) · dy · scale, and act′
+    is 1 or in the bits. Then its strides are kept, which the bits follow.
+    """
     input, weight, bias, residual, mask = tensors
     has_bits = bits.numel() > 0
-    kept = residual if config[3] and not has_bits else None
-    ctx.save_for_backward(input, weight, bias, kept, mask, bits if has_bits else None, stats)
+    needs_z = config[3] and not has_bits
+    trains = config[0] is not False  # or is the group that it does so with
+    needs_input = needs_z or trains or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.strides = None if needs_input or input is None else input.stride()
+    ctx.save_for_backward(
+        input if needs_input else None, weight, bias, residual if needs_z else None, mask,
+        bits if has_bits else None, stats,
+    )  # fmt: skip
     ctx.config = config
     ctx.has_residual = residual is not None
 
@@ -44,6 +54,9 @@ def differentiate(
     """The gradients of input, weight, bias and residual by `call`, the backward operator."""
     needs = ctx.needs_input_grad
     config = ctx.config
+    if ctx.strides is not None:
+        # Any finite values in the input's layout do: the operator's result is free of them.
+        saved = (_laid_out(grad_output, ctx.strides), *saved[1:])
     act = config[3]
     need = (
         (NEED_INPUT if needs[0] else 0)
@@ -59,6 +72,13 @@ def differentiate(
         grad_bias if needs[2] else None,
         grad_residual if needs[3] else None,
     )
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == strides:
+        return tensor
+    empty = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return empty.copy_(tensor)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from . import batch_norm
-from ._library import LIBRARY, EagerFunction, define, map_elements
+from ._library import LIBRARY, EagerFunction, define, map_elements, record
 
 
 def _forward(
@@ -31,8 +31,8 @@ def _forward(
     eps: float,
 ) -> Tensor:
     output: Tensor
-    output, *_ = batch_norm.forward(
-        input, weight, bias, None, mask, mean, var, eps, 0, 0, 0.0, False
+    output, *_ = record(
+        batch_norm.forward, input, weight, bias, None, mask, mean, var, eps, 0, 0, 0.0, False
     )
     return output
 
@@ -64,7 +64,7 @@ def frozen_batch_norm(
         raise _not_constant()
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         # batch_norm has a kernel for the derivative by γ and β.
-        output = _forward(*arguments) if learns else operator(*arguments)
+        output = _forward(*arguments) if learns else record(operator, *arguments)
     elif forward_ad._current_level >= 0:
         # Operators have no forward-mode formula; the plain expression does.
         output = reference.batch_norm(input, mean, var, weight, bias, eps, mask=mask)

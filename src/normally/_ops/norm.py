@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import hide
-from ._library import autograd_again, define
+from ._library import autograd_again, define, record
 from .norm_autograd import (
     NEED_INPUT,
     NEED_PARAMETERS,
@@ -59,7 +59,7 @@ class Norm(NamedTuple):
         total: Tensor
         arguments = (input, residual, weight, bias, mask, *settings)
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            output, total, _ = self.forward(*arguments)
+            output, total, _ = record(self.forward, *arguments)
         elif forward_ad._current_level >= 0:
             # Operators have no forward-mode formula; the plain expression does.
             total = input if residual is None else hide(input + residual, mask)
@@ -92,7 +92,7 @@ class Norm(NamedTuple):
         output: Tensor
         arguments = (input, None, weight, bias, mask, *settings)
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            output, _, stats = self.forward(*arguments)
+            output, _, stats = record(self.forward, *arguments)
         elif forward_ad._current_level >= 0:
             assert self.statistics is not None
             output = self.formula(input, weight, bias, mask, *settings)

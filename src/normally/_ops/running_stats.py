@@ -85,3 +85,12 @@ def mark_changed(running_mean: Tensor | None, running_var: Tensor | None) -> Non
 def is_recomputation() -> bool:
     """Whether this forward runs inside a backward: an activation checkpoint's second one."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def are_fixed() -> bool:
+    """Whether this forward leaves the running statistics alone.
+
+    It does where it is a checkpoint's second one, and where it becomes ONNX, whose constants they
+    are then.
+    """
+    return is_recomputation() or torch.onnx.is_in_onnx_export()

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from .. import _native, _triton, reference
 from .._ops import activation, running_stats, sync_batch_norm
 from .._ops import batch_norm as ops
+from .._ops._library import record
 from .._ops.batch_norm_autograd import EagerBatchNorm
 from .._ops.batch_norm_transforms import TransformableBatchNorm
 from ..distributed import Peers
@@ -125,6 +126,7 @@ def batch_norm(
     x = input
     moved = channel_dim != 1 and is_other_dim(channel_dim, input)
     if moved:
+        channel_dim %= input.dim()  # an ONNX exporter takes no other
         x = input.movedim(channel_dim, 1)
     if mask is not None or lengths is not None:
         mask = prepare_mask(input, mask, lengths, channel_dim, "batch_norm")
@@ -161,7 +163,7 @@ def batch_norm(
         output = _run(checked(call))
 
     if added is not None:
-        output = reference.activate(output + added, act, act_param)
+        output = reference.hide(reference.activate(output + added, act, act_param), mask)
     return output.movedim(1, channel_dim) if moved else output
 
 
@@ -219,9 +221,13 @@ def _differentiates(call: Call) -> bool:
 
 
 def _wants_bits(call: Call) -> bool:
-    """Whether bits can take the residual's place in the backward."""
+    """Whether bits can take the place of the residual, or of a constant layer's input."""
+    constants = (call.weight, call.bias)
+    is_constant = not call.training and not any(
+        t is not None and t.requires_grad for t in constants
+    )
     return (
-        call.residual is not None
+        (call.residual is not None or is_constant)
         and call.mask is None
         and call.act in activation.PIECEWISE_CONSTANT
     )
@@ -282,7 +288,7 @@ def _run(call: Call) -> Tensor:
     output: Tensor
     arguments = (*call[:5], mean, var, call.eps, call.correction, call.act, call.act_param, False)
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        output, stats, _ = ops.forward(*arguments)
+        output, stats, _ = record(ops.forward, *arguments)
     elif forward_ad._current_level >= 0:
         # Operators have no forward-mode formula; the plain expression does.
         output = reference.batch_norm(
@@ -293,7 +299,7 @@ def _run(call: Call) -> Tensor:
     else:
         output, stats, _ = TransformableBatchNorm.apply(*arguments)  # type: ignore[no-untyped-call]
     tracks = call.running_mean is not None or call.running_var is not None
-    if call.training and tracks and not running_stats.is_recomputation():
+    if call.training and tracks and not running_stats.are_fixed():
         running_stats.update(*call[5:9], stats, call.momentum, call.unbiased)
         running_stats.mark_changed(call.running_mean, call.running_var)
     return output

@@ -114,7 +114,7 @@ def instance_norm(
     if running_mean is None and running_var is None:
         return operator(input, None, weight, bias, mask, *settings)[0]
     _check_tracking(running_mean, running_var, momentum, num_batches_tracked)
-    if running_stats.is_recomputation():
+    if running_stats.are_fixed():
         return operator(input, None, weight, bias, mask, *settings)[0]
     output, stats = operator.with_stats(input, weight, bias, mask, *settings)
     running_stats.update(

@@ -47,7 +47,7 @@ def convert(model: torch.nn.Module, group: Any, plain: type, lazy: type) -> torc
         reason = _why_not(module)
         if reason is not None:
             reasons.append(f"{path or 'the model itself'} ({type(module).__name__}): {reason}")
-        elif isinstance(module, TorchBatchNorm):
+        elif isinstance(module, TorchBatchNorm) and not _is_frozen(module):
             found.append(module)
     if reasons:  # before anything has changed
         raise TypeError(
@@ -86,7 +86,7 @@ def _why_not(module: torch.nn.Module) -> str | None:
         if module._c.hasattr("running_mean"):
             return "it is scripted; convert the model first and script it then"
         return None
-    if not isinstance(module, TorchBatchNorm) or changed_by(module, _VERB):
+    if not isinstance(module, TorchBatchNorm) or changed_by(module, _VERB) or _is_frozen(module):
         return None
     cls = type(module)
     # SyncBatchNorm and its lazy form, which have no place in the lists above.
@@ -100,6 +100,11 @@ def _why_not(module: torch.nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced, and SyncBatchNorm's would not be called"
     return None
+
+
+def _is_frozen(module: torch.nn.Module) -> bool:
+    """Whether `normally.freeze` holds its statistics, so that there is nothing to share."""
+    return getattr(module, "_has_frozen_statistics", False)
 
 
 def _check_model(model: torch.nn.Module, caller: str) -> None:

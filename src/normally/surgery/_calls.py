@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._evaluation import flag
+
 
 class Given:
     """Stands for a tensor in a pattern."""
@@ -132,10 +134,10 @@ def observe(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 @contextmanager
 def evaluating(model: torch.nn.Module, training: bool = False) -> Iterator[None]:
     """All modules in one mode; each one's own afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, flag(module)) for module in model.modules()]
     try:
         model.train(training)
         yield
     finally:
-        for module, flag in flags:
-            module.training = flag
+        for module, told in flags:
+            module.training = told

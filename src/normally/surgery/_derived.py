@@ -1,11 +1,14 @@
 """Classes made from a user's class at run time that can be pickled and copied.
 
 A module gets such a class in place, keeps everything it has, and is still an instance of the class
-that it had. What is pickled is that class and what it was derived for, not the derived one.
+that it had. What is pickled is that class and what it was derived for, not the derived one. Classes
+can be derived from derived ones.
 """
 
 from __future__ import annotations
 
+import copyreg
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +18,6 @@ class Derived:
     """Mixed in before the user's class; a subclass says what changes."""
 
     _base: ClassVar[type[torch.nn.Module]]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """The base class, and the mixin that was put before it."""
-        mixin = type(self).__mro__[1]
-        return _rebuild, (mixin, self._base), self.__getstate__()
 
 
 _classes: dict[tuple[type, type], Any] = {}
@@ -39,9 +37,19 @@ def _make(mixin: type, base: type) -> type:
         "__doc__": base.__doc__,
         "_base": base,
     }
-    return type(base.__name__, (mixin, base), members)
+    # What is derived already has the class that its own class needs.
+    of_base: Any = type(base)
+    kind = of_base if issubclass(base, Derived) else _metaclass(of_base)
+    return kind(base.__name__, (mixin, base), members)  # type: ignore[no-any-return]
 
 
-def _rebuild(mixin: type[Derived], base: type[torch.nn.Module]) -> Any:
-    cls = derive(mixin, base)
-    return cls.__new__(cls)
+@functools.cache
+def _metaclass(of_base: Any) -> Any:
+    """Of classes that are pickled by what they were derived from: `pickle` asks a class's class."""
+    metaclass: Any = type(f"Derived{of_base.__name__}", (of_base,), {})
+    copyreg.pickle(metaclass, _reduce)
+    return metaclass
+
+
+def _reduce(cls: Any) -> tuple[Any, ...]:
+    return derive, (cls.__mro__[1], cls._base)

@@ -35,6 +35,8 @@ CONVOLUTIONS = (
     torch.nn.Linear,
 )  # fmt: skip
 
+_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+
 
 class Op(NamedTuple):
     """What a node of a graph is."""
@@ -113,7 +115,7 @@ def is_leaf(module: torch.nn.Module) -> bool:
     if classify(module, "").kind != "other":
         return True
     is_torchs = type(module).__module__.startswith(("torch.nn.", "torch.ao."))
-    return is_torchs and not isinstance(module, torch.nn.Sequential)
+    return is_torchs and not isinstance(module, _CONTAINERS)
 
 
 class Flow(NamedTuple):
@@ -210,7 +212,8 @@ def _largest(
         root = found.get(module)
         if root is not None and not inside:
             yield root
-        inside = (inside or root is not None) and module in found
+        # A list of layers is called by nobody; the graph of what it is in goes on inside of it.
+        inside = inside or root is not None
         for child in module.children():
             yield from visit(child, inside and not stops(child))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference import activate
 from . import _foreign
 from ._carry_out import Group
+from ._evaluation import flag
 from ._folds import Fold
 
 VERB = "fold"
@@ -105,8 +106,8 @@ def _absorb(layer: Any, scale: Tensor, shift: Tensor) -> None:
 
 def _empty(norm: Any) -> None:
     """Make it a `FoldedNorm`, in place: it stays in all places where it is."""
-    act = _activation_module(norm)
-    training = norm.training
+    act = activation_module(norm)
+    training = flag(norm)
     norm.__class__ = FoldedNorm
     norm.__dict__ = torch.nn.Identity().__dict__
     norm.training = training
@@ -114,7 +115,7 @@ def _empty(norm: Any) -> None:
         norm.act = act
 
 
-def _activation_module(norm: Any) -> torch.nn.Module | None:
+def activation_module(norm: Any) -> torch.nn.Module | None:
     """The norm's activation as one of torch's modules, writing into the layer's output."""
     child: torch.nn.Module | None = norm._modules.get("act")
     recipe = getattr(norm, "_recipe", None)

@@ -82,7 +82,7 @@ def in_graph(
         if node.op != "call_module":
             continue
         op = root.op(node)
-        if op.kind != "norm" or op.module is None or _own_activation(op.module):
+        if op.kind != "norm" or op.module is None or own_activation(op.module):
             continue
         found = _after(root, node, op, flow)
         if found is None or taken & {found.add, found.act} - {None}:
@@ -95,7 +95,7 @@ def in_graph(
         yield found
 
 
-def _own_activation(norm: torch.nn.Module) -> bool:
+def own_activation(norm: torch.nn.Module) -> bool:
     recipe = getattr(norm, "_recipe", None)
     if isinstance(recipe, _foreign.Recipe):
         return recipe.act is not None or type(norm._modules.get("act")) not in (

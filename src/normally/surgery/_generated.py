@@ -149,13 +149,14 @@ def _between(group: Group[Fusion], fusions: Sequence[Fusion]) -> dict[str, torch
 
 def _rewrite(root: Root, graph: torch.fx.Graph, wanted: dict[str, str]) -> None:
     left = dict(wanted)
+    replaced: dict[torch.fx.Node, torch.fx.Node] = {}  # what one fusion adds may be another's sum
     for found in list(in_graph(root, graph)):
         if isinstance(found, Refusal) or wanted.get(found.path) != str(found):
             continue
         del left[found.path]
         options: dict[str, Any] = {}
         if found.residual is not None:
-            options["residual"] = found.residual
+            options["residual"] = replaced.get(found.residual, found.residual)
         if found.activation is not None:
             options["act"], param = found.activation
             options |= {} if param is None else {"act_param": param}
@@ -165,9 +166,13 @@ def _rewrite(root: Root, graph: torch.fx.Graph, wanted: dict[str, str]) -> None:
             new = graph.call_module(str(found.norm.target), found.norm.args, options)
         if found.add is not None:
             end.replace_all_uses_with(new)
+            replaced[end] = new
         else:  # there may be views between the norm and its activation
-            end.replace_all_uses_with(end.all_input_nodes[0])
+            before = end.all_input_nodes[0]
+            end.replace_all_uses_with(before)
             found.norm.replace_all_uses_with(new)
+            replaced[found.norm] = new
+            replaced[end] = new if before is found.norm else before
         for node in (found.act, found.add, found.norm):
             if node is not None:
                 graph.erase_node(node)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._evaluation import flag
+
 
 class Restore:
     """Puts a model back, bit for bit, to what it was when this was made.
@@ -20,7 +22,7 @@ class Restore:
         self._model = model
         self._tensors = {name: t.detach().clone() for name, t in _tensors(model)}
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._training = {path: module.training for path, module in model.named_modules()}
+        self._training = {path: flag(module) for path, module in model.named_modules()}
 
     def __call__(self) -> torch.nn.Module:
         """The model as it was, without this attribute.

@@ -45,7 +45,7 @@ def walk(
     ]
     if only is not None and not callable(only):
         for pattern in _patterns(only):
-            if not any(_matches(pattern, path, module) for path, module in modules):
+            if not any(matches(pattern, path, module) for path, module in modules):
                 raise ValueError(
                     f"{caller}: only must name modules or classes of the model, or be a pattern of "
                     f"such names. Got {pattern!r}, which is none; model.named_modules() lists them."
@@ -64,14 +64,15 @@ def _question(
             f"{caller}: {name} must be a name, a pattern, several of them, or a function of (path, "
             f"module). Got {name}={selection!r}."
         )
-    return lambda path, module: any(_matches(pattern, path, module) for pattern in patterns)
+    return lambda path, module: any(matches(pattern, path, module) for pattern in patterns)
 
 
 def _patterns(selection: str | Iterable[str]) -> list[str]:
     return [selection] if isinstance(selection, str) else list(selection)
 
 
-def _matches(pattern: str, path: str, module: torch.nn.Module) -> bool:
+def matches(pattern: str, path: str, module: torch.nn.Module) -> bool:
+    """Whether a name or pattern is that of a module, of a path above it, or of its class."""
     if fnmatchcase(type(module).__name__, pattern):
         return True
     parts = path.split(".")

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..nn import SyncBatchNorm
 from ..nn.batch_norm import _BatchNorm as OurBatchNorm
 from ._collect import Accumulation
+from ._frozen import has_frozen_statistics
 from ._lockstep import Lockstep
 
 __all__ = ["Accumulation", "Lockstep", "accumulate"]
@@ -94,6 +95,8 @@ def _layers(model: torch.nn.Module, exact: bool) -> dict[str, torch.nn.Module]:
     layers: dict[str, torch.nn.Module] = {}
     reasons = []
     for path, module in model.named_modules():
+        if has_frozen_statistics(module):
+            continue  # nothing moves them, whatever its forward is
         reason = _why_not(module, exact)
         if reason is not None:
             reasons.append(f"{path or 'the model itself'} ({type(module).__name__}): {reason}")

@@ -6,10 +6,12 @@ from typing import Any, Literal, overload
 
 import torch
 
-from ..nn._origin import becoming, changed_by, family, go_back, origins
+from ..nn._origin import becoming, family, go_back, origins
 from ..nn._skipped_updates import CountsSkippedUpdates
 from . import _foreign
-from ._counterparts import COUNTERPARTS, OURS
+from ._counterparts import COUNTERPARTS
+from ._frozen import is_frozen
+from ._norms import is_ours, looks_like_a_norm
 from ._report import Change, Report
 from ._walk import Selection, check_model, walk
 
@@ -75,6 +77,9 @@ def convert(
     recognized: dict[Any, _foreign.Recipe] = {}
     for path, module in walk(model, only, skip, _VERB):
         change = convert_layer(path, module, recognized)
+        if change is None and _is_ours_while_frozen(module):
+            kind = type(module).__name__
+            change = Change(path, kind, False, "it is frozen, by our function: unfreeze first")
         if change is not None:
             changes.append(change)
     report = Report(_VERB, tuple(changes))
@@ -82,46 +87,47 @@ def convert(
 
 
 def convert_layer(
-    path: str, module: torch.nn.Module, recognized: dict[Any, _foreign.Recipe]
+    path: str,
+    module: torch.nn.Module,
+    recognized: dict[Any, _foreign.Recipe],
+    verb: str = _VERB,
 ) -> Change | None:
     """Convert one; a line of the report, and None if it is no normalization layer, or ours already.
 
-    `recognized` keeps what foreign layers were found to be, for the next of their kind.
+    `recognized` keeps what foreign layers were found to be, for the next of their kind. `verb` is
+    what the layer remembers to have been changed by.
     """
     cls = type(module)
-    if isinstance(module, OURS) or changed_by(module, _VERB):
+    if is_ours(module):
         return None
     known = family(cls, tuple(COUNTERPARTS))
-    if known is None and not _looks_like_a_norm(module):
+    if known is None and not looks_like_a_norm(module):
         return None
     kind = cls.__name__
-    reason = _why_not(module)
+    reason = why_not(module)
     if reason is not None:
         return Change(path, kind, False, reason)
     if known is None:
         try:
-            return Change(path, kind, True, _foreign.convert(module, _VERB, recognized))
+            return Change(path, kind, True, _foreign.convert(module, verb, recognized))
         except ValueError as error:
             return Change(path, kind, False, str(error))
     target = COUNTERPARTS[known]
-    with becoming(module, target, _VERB, owned=("_path",)):
+    with becoming(module, target, verb, owned=("_path",)):
         if isinstance(module, CountsSkippedUpdates):
             module._start_count()
     return Change(path, kind, True, f"normally.nn.{target.__name__}")
 
 
-def _looks_like_a_norm(module: torch.nn.Module) -> bool:
-    """Whether it is worth a line in the report."""
-    if isinstance(module, tuple(COUNTERPARTS)):
-        return True
-    if "norm" not in type(module).__name__.lower():
-        return False
-    return "weight" in {*module._parameters, *module._buffers}
+def _is_ours_while_frozen(module: torch.nn.Module) -> bool:
+    past = origins(module)
+    return is_frozen(module) and past[0].verb == "freeze" and past[0].cls is not type(module)
 
 
-def _why_not(module: torch.nn.Module) -> str | None:
+def why_not(module: torch.nn.Module) -> str | None:
+    """Why its class must stay what it is; None if it can get another."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted; convert the model first and script it then"
+        return "it is scripted, and has no class that can be changed; script the model last"
     if "forward" in module.__dict__:
         return "its forward was replaced, and ours would not be called"
     bases = {base.__name__ for base in type(module).__mro__}
@@ -185,11 +191,15 @@ def revert(
         if done:
             changes.append(Change(path, kind, True, _full_name(type(module))))
         elif any(origin.verb in ("fuse", _VERB) for origin in origins(module)):
-            undo = {"sync": "revert_sync_batchnorm", "freeze": "unfreeze"}
-            last = origins(module)[-1].verb
-            changes.append(Change(path, kind, False, f"{undo.get(last, last)} comes first"))
+            changes.append(Change(path, kind, False, f"{way_back(module)} comes first"))
     report = Report("revert", tuple(changes))
     return (model, report) if return_report else model
+
+
+def way_back(module: torch.nn.Module) -> str:
+    """The function that undoes what was done to the module last."""
+    others = {"sync": "revert_sync_batchnorm", "freeze": "unfreeze"}
+    return others.get(origins(module)[-1].verb, "revert")
 
 
 def _full_name(cls: type) -> str:
