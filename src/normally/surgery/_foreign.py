@@ -99,6 +99,7 @@ class Recipe:
                 layer.momentum, eps, act=act, act_param=act_param, residual=residual,
                 num_batches_tracked=buffers.get("num_batches_tracked"),
                 skipped_updates=buffers.get("_skipped_updates"),
+                memory_efficient=getattr(layer, "memory_efficient", False),
             )  # fmt: skip
         if self.kind == "frozen":
             return functional.batch_norm(
