@@ -79,9 +79,11 @@ def attach(
         settings: what the operator takes after the mask, for the same bits.
     """
     node: Any = output.grad_fn
+    saved = node._raw_saved_tensors
+    if saved[0].data is None:
+        return  # constants alone: to keep the input for a recipe would save nothing
     added = None if residual is None else _operand(residual)
     recipe = NormRecipe(output, _operand(input), weight, bias, added, mask, settings)
-    saved = node._raw_saved_tensors
     # The norm's own saved input holds the recipe until the norm's backward has run.
     saved[0].register_hooks(lambda _: recipe, lambda recipe: recipe.input.compute())
     if isinstance(added, Recipe) and saved[3].data is not None:

@@ -256,7 +256,8 @@ def _run_eagerly(call: Call) -> Tensor:
         )
         if recomputes:
             constants = _constants(call, _recompute.stats_of(output))
-            _recompute.attach(output, *tensors, (*constants, *config, save_bits))
+            again = (*constants, *config, save_bits and not _checks_in_passing(call))
+            _recompute.attach(output, *tensors, again)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output, _, _ = operator(*tensors, *arguments)
@@ -330,8 +331,8 @@ def _run_together(call: Call, peers: Peers) -> Tensor:
             )
             if recomputes:  # with the group's statistics, so nothing is exchanged again
                 var = sync_batch_norm.normalizing_variance(stats, call.correction)
-                rest = (call.eps, 0, call.act, call.act_param, _wants_bits(call))
-                _recompute.attach(output, *call[:5], (stats[0], var, *rest))
+                again = (stats[0], var, call.eps, 0, call.act, call.act_param, False)
+                _recompute.attach(output, *call[:5], again)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 output, stats, _ = sync_batch_norm.forward(*call[:5], *config, False, *place)
