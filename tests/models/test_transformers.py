@@ -1,4 +1,4 @@
-"""Hugging Face's architectures, tiny and from configurations: converted, fused, folded, and back."""
+"""Hugging Face's architectures, tiny, from configurations: converted, fused, folded, and back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ QUICK = {
 SLOW = {
     "cvt": 68, "focalnet": 29, "glpn": 30, "hiera": 49, "led": 12, "longformer": 5,
     "mobilenet_v1": 27, "mobilenet_v2": 52, "mobilevit": 53, "poolformer": 24, "pvt": 27,
-    "pvt_v2": 30, "regnet": 71, "swiftformer": 25, "wav2vec2": 7, "segformer": 16, "yolos": 5, "hubert": 7,
+    "pvt_v2": 30, "regnet": 71, "swiftformer": 25, "wav2vec2": 7, "segformer": 16,
+    "yolos": 5, "hubert": 7,
     "wavlm": 7,
 }  # fmt: skip
 

@@ -9,12 +9,12 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from ._calls import Pattern, evaluating
-from ._flow import Flow, Root
-from ._hooks import ours
-from ._proof import ProofError, prove
-from ._report import Change
-from ._trace import UntraceableError
+from .._dataflow.calls import Pattern, evaluating
+from .._dataflow.flow import Flow, Root
+from .._dataflow.hooks import ours
+from .._dataflow.trace import UntraceableError
+from .._report import Change
+from .proof import ProofError, prove
 
 
 class Finding(Protocol):
