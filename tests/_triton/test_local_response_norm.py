@@ -19,6 +19,7 @@ from tests.helpers import (
     lay_out,
     layouts_of,
     permutations_of,
+    spread,
     values,
 )
 from tests.mask_checks import random_mask
@@ -42,8 +43,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_ROW_BYTES", 32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@spread("shape, dtype", SHAPES, DTYPES)
 def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     turn = SHAPES.index(shape) + DTYPES.index(dtype)
     for index in (turn, turn + 1):
@@ -66,12 +66,14 @@ def test_every_size(size: int, layout: str) -> None:
     check_norm(NAME, x, **{**SETTINGS, "size": size, "alpha": float(size)})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("beta", [0.5, 0.75, 1.0, 0.6, 0.01, 3.5, 4.25, 0.0, -0.5, -1.0])
-def test_every_power(beta: float, dtype: torch.dtype) -> None:
-    x = values((1, 7, 9), dtype)
-    for alpha, k in ((1.0, 1.0), (1e-4, 2.0), (30.0, 0.1), (0.0, 1.5)):
-        check_norm(NAME, x * 3, size=5, alpha=alpha, beta=beta, k=k)
+@spread(
+    "beta, dtype, alpha k",
+    (0.5, 0.75, 1.0, 0.6, 0.01, 3.5, 4.25, 0.0, -0.5, -1.0),
+    (torch.float64, torch.float32),
+    ((1.0, 1.0), (1e-4, 2.0), (30.0, 0.1), (0.0, 1.5)),
+)
+def test_every_power(beta: float, dtype: torch.dtype, alpha: float, k: float) -> None:
+    check_norm(NAME, values((1, 7, 9), dtype) * 3, size=5, alpha=alpha, beta=beta, k=k)
 
 
 def test_a_long_window_keeps_its_digits() -> None:
