@@ -107,6 +107,7 @@ def fold(
     changes = [f.line() for f in found.values() if isinstance(f, Refusal)]
     findings = [f for f in found.values() if isinstance(f, Fold)]
     verb = Verb[Fold](
+        name=VERB,
         plan=plan,
         note=lambda fold: f"folded into {fold.weights_path}",
         modes=(False,),

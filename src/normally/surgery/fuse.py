@@ -93,6 +93,7 @@ def fuse(
     changes = [f.line() for f in found.values() if isinstance(f, Refusal)]
     fusions, converted, refused = _convert([f for f in found.values() if isinstance(f, Fusion)])
     verb = Verb[Fusion](
+        name=VERB,
         plan=plan,
         note=lambda fusion: f"{fusion} in one kernel",
         modes=(False, True),

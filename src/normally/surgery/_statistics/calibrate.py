@@ -10,13 +10,13 @@ import torch
 
 from .._batches import Batches
 from .._evaluation import evaluation
+from .._progress import Told, told
 from .._report import Change
 from .everybody import Everybody
 from .layerwise import layer_by_layer
 from .partial_sums import PartialSums, identity
 from .passes import Passes
 from .population import at_once, store
-from .progress import Told, told
 
 
 class Options(NamedTuple):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..._ops import sync_batch_norm
 from .._batches import Batches
+from .._progress import Told
 from .findings import Call, Findings
 from .partial_sums import PartialSums
-from .progress import Told
 from .tap import Answer, tapped, values_of
 
 
