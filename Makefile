@@ -61,8 +61,10 @@ test-isa: $(BUILT)  ## run the numerical tests under the lesser instruction sets
 	  $(or $(ARGS),$(ISA_TESTS))
 
 # The GPU's kernels on the CPU: Triton interprets them where no compiled kernel takes their place.
+# Those that are compiled for a GPU are asked by `make test` itself.
 test-triton: $(BUILT)  ## run the GPU's kernels in Triton's interpreter
-	TRITON_INTERPRET=1 NORMALLY_DISABLE_NATIVE=1 $(PYTEST) -q -m "not slow" $(or $(ARGS),tests/_triton)
+	TRITON_INTERPRET=1 NORMALLY_DISABLE_NATIVE=1 $(PYTEST) -q -m "not slow" \
+	  $(or $(ARGS),tests/_triton --ignore tests/_triton/test_gpu_compile.py)
 
 gpu-compile: $(BUILT)  ## compile the GPU's kernels, without a GPU, and print what they need
 	env -u TRITON_INTERPRET $(PY) scripts/gpu_compile.py $(ARGS)
