@@ -16,11 +16,15 @@ COMPILER := $(shell command -v $(CXX) || command -v c++ || command -v clang++)
 KERNELS  := $(if $(COMPILER)$(NORMALLY_REQUIRE_NATIVE)$(wildcard $(VENV)/.stamp-built-native),native,none)
 BUILT    := $(VENV)/.stamp-built-$(KERNELS)
 
-# Tests in two processes; a test that wants threads says how many.
-PYTEST := $(PY) -m pytest -n 2
+# Tests in two processes of one thread each: with torch's own pools beside each other, threads wait
+# longer than they work. A test that wants threads says how many.
+ONE_THREAD := OMP_NUM_THREADS=1
+PYTEST     := $(ONE_THREAD) $(PY) -m pytest -n 2
 
-# What depends on the instruction set and takes seconds.
-ISA_TESTS        := tests/functional
+# What depends on the instruction set and takes seconds: numbers, and not the words of errors, the
+# forms of masks, or the derivatives of formulas.
+ISA_TESTS := $(filter-out %_errors.py %/test_masks.py,$(wildcard tests/functional/test_*.py)) \
+             -k "not gradcheck"
 PRINT_CAPABILITY := 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())'
 
 # An editable install of another checkout must not stand in for this one's.
@@ -43,14 +47,18 @@ test: $(BUILT) $(if $(ARGS),,test-isa test-triton)  ## run all tests (ARGS="-k m
 	$(PYTEST) -m "not slow" $(ARGS)
 
 # torch takes ATEN_CPU_CAPABILITY at its word, so the loop ends below what the machine has: that
-# one is `make test` itself. Other processors than x86 have the default alone.
+# one is `make test` itself. Other processors than x86 have the default alone. Each set has a
+# process that runs all of the tests.
 test-isa: $(BUILT)  ## run the numerical tests under the lesser instruction sets of this machine
 	@best=$$(env -u ATEN_CPU_CAPABILITY $(PY) -c $(PRINT_CAPABILITY)) || exit; \
+	processes=; \
 	for isa in default avx2 avx512; do \
 	  case "$$best" in "$$isa"|[!a]*) break;; esac; \
-	  echo "ATEN_CPU_CAPABILITY=$$isa (this machine has $$best)"; \
-	  ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -q -m "not slow" $(or $(ARGS),$(ISA_TESTS)) || exit; \
-	done
+	  echo "ATEN_CPU_CAPABILITY=$$isa in a process (this machine has $$best)"; \
+	  processes="$$processes --tx popen//env:ATEN_CPU_CAPABILITY=$$isa"; \
+	done; \
+	test -z "$$processes" || $(ONE_THREAD) $(PY) -m pytest -q -m "not slow" --dist each $$processes \
+	  $(or $(ARGS),$(ISA_TESTS))
 
 # The GPU's kernels on the CPU: Triton interprets them where no compiled kernel takes their place.
 test-triton: $(BUILT)  ## run the GPU's kernels in Triton's interpreter

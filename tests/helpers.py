@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -29,6 +33,42 @@ KINKS = {
     "hardswish": (-3.0, 3.0),
     "hardsigmoid": (-3.0, 3.0),
 }
+
+
+#: An axis for `spread`: which of two halves of what a test loops over.
+BOTH_HALVES = (0, 1)
+
+
+def spread(names: str, *axes: Iterable[Any], keep: int = 2) -> pytest.MarkDecorator:
+    """`parametrize` by the product of `axes`: one case of `keep` now, the others are slow.
+
+    Now are those whose positions on the axes add up to a multiple of `keep`. So with three axes
+    every value meets every value of each other axis of `keep` values or more; what is left to
+    `make nightly` are triples, or with two axes pairs. "shape groups, dtype" has two axes, the
+    first one of pairs.
+    """
+    groups = [name.split() for name in names.split(", ")]
+    cases = []
+    for places in itertools.product(*(enumerate(axis) for axis in axes)):
+        chosen = [value for _, value in places]
+        flat = [
+            item
+            for group, value in zip(groups, chosen, strict=True)
+            for item in (value if len(group) > 1 else (value,))
+        ]
+        is_slow = sum(place for place, _ in places) % keep != 0
+        marks = [pytest.mark.slow] if is_slow else []
+        cases.append(pytest.param(*flat, id="-".join(map(str, flat)), marks=marks))
+    return pytest.mark.parametrize([name for group in groups for name in group], cases)
+
+
+def checkered(half: int, *axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """One half of the product of `axes`, as the fields of one colour of a chessboard."""
+    return [
+        tuple(value for _, value in places)
+        for places in itertools.product(*(list(enumerate(axis)) for axis in axes))
+        if sum(place for place, _ in places) % 2 == half
+    ]
 
 
 def arithmetic(dtype: torch.dtype) -> float:

@@ -150,10 +150,10 @@ SHAPES = [(5, 3), (33, 17), (7, 2, 5), (3, 130, 5), (2, 3, 1025), (3, 2, 4097), 
           (9, 33, 1, 1), (2, 3, 2, 3, 5), (130, 24, 4)]
 ACTS = (None, *normally.reference.ACTIVATIONS)
 turn = 0
-for shape, dtype, layout in itertools.product(
-    SHAPES, (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    ("contiguous", "channels_last", "strided"),
+for shape, dtype in itertools.product(
+    SHAPES, (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ):
+    layout = ("contiguous", "channels_last", "strided")[turn % 3]  # `make test-isa` has them all
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     x = lay_out(values(shape, dtype, seed=turn), layout)
     weight = torch.linspace(-1.5, 2, shape[1], dtype=wide)
@@ -161,10 +161,10 @@ for shape, dtype, layout in itertools.product(
     residual = values(shape, dtype, seed=turn + 1) if turn % 2 else None
     check_batch_norm(x, weight, bias, residual, act=ACTS[turn % 12], training=turn % 5 != 0)
     turn += 1
-for shape, layout, act in itertools.product(
-    [(4099, 65), (7, 1, 65537), (64, 130, 7, 7), (513, 300, 2)],
-    ("contiguous", "channels_last"), (None, "relu", "gelu"),
-):
+for index, (shape, layout) in enumerate(itertools.product(
+    [(4099, 65), (7, 1, 65537), (64, 130, 7, 7), (513, 300, 2)], ("contiguous", "channels_last")
+)):
+    act = (None, "relu", "gelu")[index % 3]
     x = lay_out(values(shape, torch.float32), layout)
     g = torch.empty_like(x).copy_(x.flip(0))
     results = []
@@ -181,15 +181,21 @@ print("right", turn)
 """
 
 
+def best_of_this_machine() -> str:
+    """torch takes the variable at its word: what the machine has is asked without it."""
+    if "ATEN_CPU_CAPABILITY" not in os.environ:
+        return torch.backends.cpu.get_cpu_capability().lower()
+    asked = run("import torch; print(torch.backends.cpu.get_cpu_capability())")
+    return asked.stdout.strip().lower()
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_library_is_loaded_and_right(capability: str) -> None:
     if not built(capability):
         pytest.skip(f"the {capability} kernels are not built here")
-    # torch takes the variable at its word: what the machine has is asked without it.
-    asked = run("import torch; print(torch.backends.cpu.get_cpu_capability())")
-    best = asked.stdout.strip().lower()
+    best = best_of_this_machine()
     if best not in CAPABILITIES or CAPABILITIES.index(capability) > CAPABILITIES.index(best):
         pytest.skip(f"this machine has {best} at best, not {capability}")
     result = run(NUMBERS.format(expected=capability), ATEN_CPU_CAPABILITY=capability)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == ["right", "120"]
+    assert result.stdout.split() == ["right", "40"]

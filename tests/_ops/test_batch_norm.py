@@ -19,6 +19,7 @@ from tests.helpers import (
     layouts_of,
     needs_kernels,
     rounding,
+    spread,
     values,
 )
 
@@ -80,8 +81,7 @@ QUICK = ("test_schema", "test_faketensor", "test_autograd_registration")
 SHAPES = [(4, 3), (3, 2, 5), (2, 3, 4, 5), (2, 3, 2, 3, 2), (0, 3, 4), (5, 1, 3), (2, 17, 2, 2)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@spread("shape, dtype", SHAPES, DTYPES)
 def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for index, layout in enumerate(layouts_of(len(shape))):
         x = (
@@ -99,8 +99,7 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         torch.library.opcheck(OP, given, test_utils=utils, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@spread("shape, dtype", SHAPES, DTYPES)
 def test_opcheck_of_the_backward(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for index, layout in enumerate(("contiguous", *layouts_of(len(shape))[-2:])):
         x = (
@@ -120,14 +119,13 @@ def test_opcheck_of_the_backward(shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 @needs_kernels
-@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
-def test_opcheck_with_saved_bits(act: str) -> None:
-    for layout in layouts_of(4):
-        x = lay_out(values((3, 5, 4, 6), torch.float32), layout)
-        given = arguments(x, act=act, with_residual=True, save_bits=True, requires_grad=True)
-        torch.library.opcheck(OP, given)
-        plain = arguments(x, act=act, with_residual=True, save_bits=True)
-        torch.library.opcheck(BACKWARD, backward_arguments(plain))
+@spread("layout, act", layouts_of(4), ("relu", "relu6", "leaky_relu"), keep=3)
+def test_opcheck_with_saved_bits(layout: str, act: str) -> None:
+    x = lay_out(values((3, 5, 4, 6), torch.float32), layout)
+    given = arguments(x, act=act, with_residual=True, save_bits=True, requires_grad=True)
+    torch.library.opcheck(OP, given)
+    plain = arguments(x, act=act, with_residual=True, save_bits=True)
+    torch.library.opcheck(BACKWARD, backward_arguments(plain))
 
 
 @pytest.mark.parametrize(

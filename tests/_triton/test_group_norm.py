@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from normally import reference
 from normally._triton import channel_tiles
 from tests.device import functional
-from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, permutations_of, values
+from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, permutations_of, spread, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 # Of numpy, in the interpreter: what overflows is not used, or taken again in float64.
@@ -25,6 +25,7 @@ SHAPES = [
     ((1, 1, 2), 1), ((5, 4), 2), ((3, 6, 5, 7), 2), ((2, 8, 3), 4), ((2, 6, 40), 6),
     ((2, 12, 3, 3), 1), ((3, 10, 2, 3, 5), 5),
 ]  # fmt: skip
+LAYOUTS = ("contiguous", "channels_last", "sliced")
 
 
 @pytest.fixture(autouse=True, params=["whole", "split"])
@@ -35,21 +36,19 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
             monkeypatch.setattr(channel_tiles, name, 64)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
-def test_every_shape(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
-    turn = len(shape) + groups + DTYPES.index(dtype)
+@spread("shape groups, dtype, layout", SHAPES, DTYPES, LAYOUTS, keep=3)
+def test_every_shape(shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: str) -> None:
+    turn = len(shape) + groups + DTYPES.index(dtype) + LAYOUTS.index(layout)
     wide = parameter_dtype(dtype)
-    for index, layout in enumerate(("contiguous", "channels_last", "sliced"), start=turn):
-        check_norm(
-            "group_norm",
-            lay_out(values(shape, dtype, seed=index), layout),
-            ramp((shape[1],), -1.5, 2, wide) if index % 4 else None,
-            ramp((shape[1],), 1, -1, wide) if index % 3 else None,
-            num_groups=groups,
-            act=ACTS[index % len(ACTS)],
-            gradient=("contiguous", "expanded batch", "channels_last")[index % 3],
-        )
+    check_norm(
+        "group_norm",
+        lay_out(values(shape, dtype, seed=turn), layout),
+        ramp((shape[1],), -1.5, 2, wide) if turn % 4 else None,
+        ramp((shape[1],), 1, -1, wide) if turn % 3 else None,
+        num_groups=groups,
+        act=ACTS[turn % len(ACTS)],
+        gradient=("contiguous", "expanded batch", "channels_last")[turn % 3],
+    )
 
 
 @pytest.mark.parametrize("layout", permutations_of(4))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from normally._triton import row_tiles
 from tests._triton.rows import QUIET
 from tests._triton.rows import exact_bfloat16 as exact_bfloat16
 from tests.device import functional, on_device
-from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, permutations_of, values
+from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, permutations_of, spread, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 pytestmark = QUIET
@@ -52,22 +50,20 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         )
 
 
-@pytest.mark.parametrize("act", ACTS[1:])
-def test_every_activation(act: str) -> None:
-    for dtype, dim in itertools.product((torch.float64, torch.float32), (None, 1)):
-        x = values((3, 17, 33) if dim is None else (3, 33, 17), dtype)
-        weight, bias = ramp((33,), -1.5, 2, dtype), ramp((33,), 0.25, -3, dtype)
-        check_norm("layer_norm", x, weight, bias, act=act, dim=dim)
+@spread("act, dtype, dim", ACTS[1:], (torch.float64, torch.float32), (None, 1))
+def test_every_activation(act: str, dtype: torch.dtype, dim: int | None) -> None:
+    x = values((3, 17, 33) if dim is None else (3, 33, 17), dtype)
+    weight, bias = ramp((33,), -1.5, 2, dtype), ramp((33,), 0.25, -3, dtype)
+    check_norm("layer_norm", x, weight, bias, act=act, dim=dim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dim"), COLUMNS, ids=str)
-def test_columns(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
+@spread("shape dim, dtype, adds", COLUMNS, DTYPES, (False, True))
+def test_columns(shape: tuple[int, ...], dim: int, dtype: torch.dtype, adds: bool) -> None:
     wide, size = parameter_dtype(dtype), shape[dim : dim + 1]
-    for index, residual in enumerate((None, values(shape, dtype, seed=1))):
-        weight, bias = ramp(size, -1.5, 2, wide), ramp(size, 1, -1, wide)
-        act = ACTS[(COLUMNS.index((shape, dim)) + index) % len(ACTS)]
-        check_norm("layer_norm", values(shape, dtype), weight, bias, residual, dim=dim, act=act)
+    weight, bias = ramp(size, -1.5, 2, wide), ramp(size, 1, -1, wide)
+    residual = values(shape, dtype, seed=1) if adds else None
+    act = ACTS[(COLUMNS.index((shape, dim)) + adds) % len(ACTS)]
+    check_norm("layer_norm", values(shape, dtype), weight, bias, residual, dim=dim, act=act)
 
 
 @pytest.mark.parametrize("layout", permutations_of(4))

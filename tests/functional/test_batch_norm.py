@@ -7,7 +7,17 @@ import itertools
 import pytest
 import torch
 
-from tests.helpers import ACTS, DTYPES, check_batch_norm, lay_out, layouts_of, values
+from tests.helpers import (
+    ACTS,
+    BOTH_HALVES,
+    DTYPES,
+    check_batch_norm,
+    checkered,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 
 # Spatial sizes and channel counts: 1, primes, and what kernels block by (lanes of 4 to 32, blocks
 # of 64 to 4096) with one less and one more.
@@ -22,9 +32,8 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@spread("shape, dtype, half", SHAPES, DTYPES, BOTH_HALVES)
+def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     """Each layout of a shape, with the activations and the absent tensors taking turns."""
     parameter_dtype = dtype if dtype is torch.float64 else torch.float32
     channels = shape[1]
@@ -32,7 +41,8 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     bias = torch.linspace(0.7, -0.9, channels, dtype=parameter_dtype)
     # The turns have lengths without a common divisor, so every pair meets in some shape.
     turn = SHAPES.index(shape)
-    for index, layout in enumerate(layouts_of(len(shape)), start=turn):
+    turns = list(enumerate(layouts_of(len(shape)), start=turn))
+    for index, layout in turns[half::2]:
         x = lay_out(values(shape, dtype, seed=index), layout)
         check_batch_norm(
             x,
@@ -49,18 +59,15 @@ SMALL = (5, 3, 7)
 AFFINE = {"both": (True, True), "weight": (True, False), "bias": (False, True), "": (False, False)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("affine", AFFINE)
-def test_every_combination(affine: str, training: bool, dtype: torch.dtype) -> None:
+@spread("affine, training, dtype, half", AFFINE, (True, False), DTYPES, BOTH_HALVES)
+def test_every_combination(affine: str, training: bool, dtype: torch.dtype, half: int) -> None:
     """All residuals times all activations, for rows (inner 21) and for channels innermost."""
     parameter_dtype = dtype if dtype is torch.float64 else torch.float32
     has_weight, has_bias = AFFINE[affine]
     weight = torch.tensor([1.5, -0.75, 4.0], dtype=parameter_dtype) if has_weight else None
     bias = torch.tensor([0.25, -2.0, 3.0], dtype=parameter_dtype) if has_bias else None
-    for layout, residual_kind, act in itertools.product(
-        ("contiguous", "channels_last"), RESIDUALS, ACTS
-    ):
+    layouts = ("contiguous", "channels_last")
+    for layout, residual_kind, act in checkered(half, layouts, RESIDUALS, ACTS):
         x = lay_out(values(SMALL, dtype), layout)
         check_batch_norm(x, weight, bias, residual_of(residual_kind, x), training=training, act=act)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.device.functional import group_norm, instance_norm, layer_norm
-from tests.helpers import ACTS, DTYPES, lay_out, layouts_of, values
+from tests.helpers import ACTS, BOTH_HALVES, DTYPES, checkered, lay_out, layouts_of, spread, values
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 # (shape, groups): one group, a group a channel, an odd number of channels a group; 1, 2 … 9 and 49
@@ -26,14 +26,14 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "groups"), CASES, ids=str)
-def test_every_shape(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+@spread("shape groups, dtype, half", CASES, DTYPES, BOTH_HALVES)
+def test_every_shape(shape: tuple[int, ...], groups: int, dtype: torch.dtype, half: int) -> None:
     """Each layout of a shape, with the activations and the absent tensors taking turns."""
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
     turn = CASES.index((shape, groups))
-    for index, layout in enumerate(layouts_of(len(shape)), start=turn):
+    turns = list(enumerate(layouts_of(len(shape)), start=turn))
+    for index, layout in turns[half::2]:
         check_norm(
             "group_norm",
             lay_out(values(shape, dtype, seed=index), layout),
@@ -61,23 +61,23 @@ def test_small_images(inner: int, dtype: torch.dtype) -> None:
 AFFINE = {"both": (True, True), "weight": (True, False), "bias": (False, True), "": (False, False)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", AFFINE)
-def test_every_combination(affine: str, dtype: torch.dtype) -> None:
+@spread("affine, dtype, half", AFFINE, DTYPES, BOTH_HALVES)
+def test_every_combination(affine: str, dtype: torch.dtype, half: int) -> None:
     """All activations with and without weight and bias, parameters of the input's dtype too."""
     has_weight, has_bias = AFFINE[affine]
-    for wide, act, eps in itertools.product({parameter_dtype(dtype), dtype}, ACTS, (1e-5, 0.5)):
+    dtypes = tuple(dict.fromkeys((parameter_dtype(dtype), dtype)))
+    layouts = ("contiguous", "channels_last", "strided")
+    for wide, act, eps, layout in checkered(half, dtypes, ACTS, (1e-5, 0.5), layouts):
         weight, bias = ramp((6,), -1.5, 2, wide), ramp((6,), 0.25, -3, wide)
-        for layout in ("contiguous", "channels_last", "strided"):
-            check_norm(
-                "group_norm",
-                lay_out(values((3, 6, 19), dtype), layout),
-                weight if has_weight else None,
-                bias if has_bias else None,
-                act=act,
-                eps=eps,
-                num_groups=2,
-            )
+        check_norm(
+            "group_norm",
+            lay_out(values((3, 6, 19), dtype), layout),
+            weight if has_weight else None,
+            bias if has_bias else None,
+            act=act,
+            eps=eps,
+            num_groups=2,
+        )
 
 
 @pytest.mark.parametrize("gradient", ["expanded batch", "strided", "order 0231", "sliced"])

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from tests.device.functional import instance_norm
 from tests.helpers import (
     ACTS,
+    BOTH_HALVES,
     DTYPES,
     assert_same_bits,
     check_batch_norm,
+    checkered,
     lay_out,
     layouts_of,
+    spread,
     values,
 )
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
@@ -31,13 +34,13 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@spread("shape, dtype, half", SHAPES, DTYPES, BOTH_HALVES)
+def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     """Each layout of a shape, with the activations and the absent tensors taking turns."""
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
-    for index, layout in enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)):
+    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
+    for index, layout in turns[half::2]:
         check_norm(
             "instance_norm",
             lay_out(values(shape, dtype, seed=index), layout),
@@ -51,22 +54,22 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 AFFINE = {"both": (True, True), "weight": (True, False), "bias": (False, True), "": (False, False)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", AFFINE)
-def test_every_combination(affine: str, dtype: torch.dtype) -> None:
+@spread("affine, dtype, half", AFFINE, DTYPES, BOTH_HALVES)
+def test_every_combination(affine: str, dtype: torch.dtype, half: int) -> None:
     """All activations with and without weight and bias, parameters of the input's dtype too."""
     has_weight, has_bias = AFFINE[affine]
-    for wide, act, eps in itertools.product({parameter_dtype(dtype), dtype}, ACTS, (1e-5, 0.5)):
+    dtypes = tuple(dict.fromkeys((parameter_dtype(dtype), dtype)))
+    layouts = ("contiguous", "channels_last", "strided")
+    for wide, act, eps, layout in checkered(half, dtypes, ACTS, (1e-5, 0.5), layouts):
         weight, bias = ramp((5,), -1.5, 2, wide), ramp((5,), 0.25, -3, wide)
-        for layout in ("contiguous", "channels_last", "strided"):
-            check_norm(
-                "instance_norm",
-                lay_out(values((3, 5, 19), dtype), layout),
-                weight if has_weight else None,
-                bias if has_bias else None,
-                act=act,
-                eps=eps,
-            )
+        check_norm(
+            "instance_norm",
+            lay_out(values((3, 5, 19), dtype), layout),
+            weight if has_weight else None,
+            bias if has_bias else None,
+            act=act,
+            eps=eps,
+        )
 
 
 @pytest.mark.parametrize("gradient", ["expanded batch", "strided", "order 0231", "sliced"])

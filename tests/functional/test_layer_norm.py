@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from tests.device.functional import layer_norm
-from tests.helpers import ACTS, DTYPES, assert_same_bits, lay_out, layouts_of, values
+from tests.helpers import (
+    ACTS,
+    BOTH_HALVES,
+    DTYPES,
+    assert_same_bits,
+    checkered,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 # Row lengths: 1, primes, and what kernels block by (lanes of 4 to 64, chunks of 512 to 4096) with
@@ -23,13 +33,13 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@spread("shape, dtype, half", SHAPES, DTYPES, BOTH_HALVES)
+def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     """Each layout of a shape, with the activations and the absent tensors taking turns."""
     wide = parameter_dtype(dtype)
     turn = SHAPES.index(shape)
-    for index, layout in enumerate(layouts_of(len(shape)), start=turn):
+    turns = list(enumerate(layouts_of(len(shape)), start=turn))
+    for index, layout in turns[half::2]:
         size = shape[-1 - index % (len(shape) - 1) :]  # the last, the last two, …; never all
         check_norm(
             "layer_norm",
@@ -65,22 +75,22 @@ def test_normalized_shape_of_several_dims(
 AFFINE = {"both": (True, True), "weight": (True, False), "bias": (False, True), "": (False, False)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", AFFINE)
-def test_every_combination(affine: str, dtype: torch.dtype) -> None:
+@spread("affine, dtype, half", AFFINE, DTYPES, BOTH_HALVES)
+def test_every_combination(affine: str, dtype: torch.dtype, half: int) -> None:
     """All activations with and without weight and bias, parameters of the input's dtype too."""
     has_weight, has_bias = AFFINE[affine]
-    for wide, act, eps in itertools.product({parameter_dtype(dtype), dtype}, ACTS, (1e-5, 0.5)):
+    dtypes = tuple(dict.fromkeys((parameter_dtype(dtype), dtype)))
+    layouts = ("contiguous", "order 201", "strided")
+    for wide, act, eps, layout in checkered(half, dtypes, ACTS, (1e-5, 0.5), layouts):
         weight, bias = ramp((19,), -1.5, 2, wide), ramp((19,), 0.25, -3, wide)
-        for layout in ("contiguous", "order 201", "strided"):
-            check_norm(
-                "layer_norm",
-                lay_out(values((3, 5, 19), dtype), layout),
-                weight if has_weight else None,
-                bias if has_bias else None,
-                act=act,
-                eps=eps,
-            )
+        check_norm(
+            "layer_norm",
+            lay_out(values((3, 5, 19), dtype), layout),
+            weight if has_weight else None,
+            bias if has_bias else None,
+            act=act,
+            eps=eps,
+        )
 
 
 @pytest.mark.parametrize("gradient", ["expanded batch", "strided", "order 201", "sliced"])

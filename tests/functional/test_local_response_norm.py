@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.device.functional import local_response_norm
-from tests.helpers import DTYPES, assert_same_bits, lay_out, layouts_of, values
+from tests.helpers import BOTH_HALVES, DTYPES, assert_same_bits, lay_out, layouts_of, spread, values
 from tests.norm_helpers import check_norm
 
 # Channels below, at and above the window; positions of 1, primes, lanes and chunks ± 1.
@@ -30,11 +30,11 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@spread("shape, dtype, half", SHAPES, DTYPES, BOTH_HALVES)
+def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     """Each layout of a shape, with windows and settings taking turns."""
-    for index, layout in enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)):
+    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
+    for index, layout in turns[half::2]:
         check_norm(
             "local_response_norm",
             lay_out(values(shape, dtype, seed=index), layout),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normally import reference
 from tests.device.functional import local_response_norm
-from tests.helpers import DTYPES, assert_same_bits, assert_within, cpu_only, lay_out
+from tests.helpers import DTYPES, assert_same_bits, assert_within, cpu_only, lay_out, spread
 
 #: One shape for every way to cut a tensor: short planes, which are transposed; planes that are
 #: walked as one row, alone and several at a time; columns of a plane in one and in many blocks.
@@ -92,9 +92,7 @@ def test_a_gradient_reaches_the_window_and_no_further(size: int, layout: str) ->
             assert reached == list(range(first, last + 1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
+@spread("shape, layout, dtype", SHAPES, LAYOUTS, DTYPES)
 def test_every_way_to_cut_a_tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     x, g = pair(shape, dtype)
     check(layout_of(x, layout), layout_of(g, layout), 5, alpha=0.5)

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from tests.device.functional import batch_norm
-from tests.helpers import ACTS, DTYPES, assert_same_bits, cpu_only, lay_out, needs_kernels, values
+from tests.helpers import (
+    ACTS,
+    DTYPES,
+    assert_same_bits,
+    cpu_only,
+    lay_out,
+    needs_kernels,
+    spread,
+    values,
+)
 
 # The reference backend sums with torch's own reductions, which do depend on the threads; the
 # promise is the kernels'.
@@ -18,6 +27,7 @@ SHAPES = [
     (65536, 3), (4099, 65), (7, 1, 65537), (1, 1, 300_000), (2, 3, 40_001), (513, 300, 2),
     (64, 130, 7, 7), (16, 17, 33, 31), (2, 1, 400, 401), (3000, 16, 2, 2), (2, 5, 9, 31, 67),
 ]  # fmt: skip
+LAYOUTS = ("contiguous", "channels_last", "strided")
 
 
 def everything(
@@ -47,25 +57,23 @@ def everything(
 
 
 @cpu_only("its threads")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_thread_equals_many(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@spread("shape, dtype, layout", SHAPES, DTYPES, LAYOUTS, keep=3)
+def test_one_thread_equals_many(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     parameter_dtype = dtype if dtype is torch.float64 else torch.float32
     weight = torch.linspace(-1, 2, shape[1], dtype=parameter_dtype)
     bias = torch.linspace(1, -1, shape[1], dtype=parameter_dtype)
-    for index, layout in enumerate(("contiguous", "channels_last", "strided")):
-        x = lay_out(values(shape, dtype), layout)
-        turn = SHAPES.index(shape) + index
-        act = ACTS[turn % len(ACTS)]
-        residual = torch.empty_like(x).copy_(x.flip(0)) if turn % 2 else None
-        for training in (True, False):
-            results = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(everything(x, weight, bias, residual, act, training))
-            for name, one in results[0].items():
-                for other in results[1:]:
-                    assert_same_bits(other[name], one, f"{name}, {layout}, {act}, {training}")
+    x = lay_out(values(shape, dtype), layout)
+    turn = SHAPES.index(shape) + LAYOUTS.index(layout)
+    act = ACTS[turn % len(ACTS)]
+    residual = torch.empty_like(x).copy_(x.flip(0)) if turn % 2 else None
+    for training in (True, False):
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(everything(x, weight, bias, residual, act, training))
+        for name, one in results[0].items():
+            for other in results[1:]:
+                assert_same_bits(other[name], one, f"{name}, {act}, {training}")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -19,6 +19,7 @@ from tests.helpers import (
     has_kernels,
     lay_out,
     needs_kernels,
+    spread,
     values,
 )
 from tests.norms import Norm, Shape
@@ -41,6 +42,7 @@ LARGE = [
     (norms.INSTANCE, (2, 3, 40_001)), (norms.INSTANCE, (16, 130, 9, 13)),
     (norms.INSTANCE, (2, 5, 9, 31, 67)), (norms.RESPONSE, (16, 130, 9, 13)),
 ]  # fmt: skip
+LAYOUTS = ("contiguous", "channels_last", "strided")
 
 
 @pytest.fixture
@@ -79,22 +81,21 @@ def everything(
 
 @cpu_only("its threads")
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("norm", "shape"), LARGE, ids=str)
-def test_one_thread_equals_many(norm: Norm, shape: Shape, dtype: torch.dtype) -> None:
-    for index, layout in enumerate(("contiguous", "channels_last", "strided")):
-        x = lay_out(values(shape, dtype), layout)
-        turn = LARGE.index((norm, shape)) + index
-        act = ACTS[turn % len(ACTS)] if norm.has_act else None
-        mask = norm.mask(shape, whole_rows=True) if turn % 3 == 0 else None
-        residual = torch.empty_like(x).copy_(x.flip(0)) if norm.adds and turn % 2 else None
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(everything(norm, x, act, mask, residual))
-        for name, one in results[0].items():
-            for other in results[1:]:
-                assert_same_bits(other[name], one, f"{name}, {layout}, {act}, {turn}")
+@spread("norm shape, dtype, layout", LARGE, DTYPES, LAYOUTS, keep=3)
+def test_one_thread_equals_many(norm: Norm, shape: Shape, dtype: torch.dtype, layout: str) -> None:
+    x = lay_out(values(shape, dtype), layout)
+    turn = LARGE.index((norm, shape)) + LAYOUTS.index(layout)
+    act = ACTS[turn % len(ACTS)] if norm.has_act else None
+    # Every third by three: the cases of a dtype have turns that are 3 apart.
+    mask = norm.mask(shape, whole_rows=True) if turn // 3 % 3 == 0 else None
+    residual = torch.empty_like(x).copy_(x.flip(0)) if norm.adds and turn % 2 else None
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(everything(norm, x, act, mask, residual))
+    for name, one in results[0].items():
+        for other in results[1:]:
+            assert_same_bits(other[name], one, f"{name}, {act}, {turn}")
 
 
 @cpu_only("its threads")
@@ -141,10 +142,9 @@ def samples_apart(ndim: int) -> list[str]:
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("norm", "shape"), BATCHES, ids=str)
+@spread("norm shape, dtype, masked", BATCHES, DTYPES, (False, True))
 def test_a_sample_alone_equals_itself_in_a_batch(
-    norm: Norm, shape: Shape, dtype: torch.dtype
+    norm: Norm, shape: Shape, dtype: torch.dtype, masked: bool
 ) -> None:
     """Output and gradient of the input, both as a copy of its own and as a part of the batch."""
     x, cotangent = values(shape, dtype), values(shape, dtype, seed=1)
@@ -156,19 +156,18 @@ def test_a_sample_alone_equals_itself_in_a_batch(
         y = norm.ours(leaf, *parameters, mask=mask, **options)
         return y, torch.autograd.grad(y, leaf, g)[0]
 
-    for masked in (False, True):
-        mask = norm.mask(shape, whole_rows=True) if masked else None
-        for layout in samples_apart(len(shape)):
-            laid = lay_out(x, layout)
-            together = run(laid, cotangent, mask)
-            for first, last in ((0, 1), (1, 2), (shape[0] - 2, shape[0] - 1), (1, 4)):
-                part = slice(first, last)
-                kept = None if mask is None else mask[part]
-                for alone in (laid[part], lay_out(x[part], layout)):
-                    found = run(alone, cotangent[part], kept)
-                    what = f"{layout}, {part}, masked {masked}"
-                    assert_same_bits(found[0], together[0][part], f"output, {what}")
-                    assert_same_bits(found[1], together[1][part], f"gradient, {what}")
+    mask = norm.mask(shape, whole_rows=True) if masked else None
+    for layout in samples_apart(len(shape)):
+        laid = lay_out(x, layout)
+        together = run(laid, cotangent, mask)
+        for first, last in ((0, 1), (1, 2), (shape[0] - 2, shape[0] - 1), (1, 4)):
+            part = slice(first, last)
+            kept = None if mask is None else mask[part]
+            for alone in (laid[part], lay_out(x[part], layout)):
+                found = run(alone, cotangent[part], kept)
+                what = f"{layout}, {part}, masked {masked}"
+                assert_same_bits(found[0], together[0][part], f"output, {what}")
+                assert_same_bits(found[1], together[1][part], f"gradient, {what}")
 
 
 @pytest.mark.usefixtures("kernel")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from normally import nn, reference
 from tests.device.functional import batch_norm
-from tests.helpers import ACTS, KINKS, lay_out, values
+from tests.helpers import ACTS, KINKS, lay_out, spread, values
 
 # torch scripts its own forward-mode decompositions when they are first used.
 pytestmark = pytest.mark.filterwarnings(
@@ -41,7 +40,7 @@ def inputs(layout: str, act: str | None, with_residual: bool) -> list[Tensor]:
 
 
 RUNNING = (torch.tensor([0.3, -0.4]).double(), torch.tensor([1.7, 0.6]).double())
-CASES = list(itertools.product((True, False), ACTS, (False, True)))
+AXES = (True, False), ACTS, (False, True)
 
 
 def function(training: bool, act: str | None) -> Callable[..., Tensor]:
@@ -52,16 +51,13 @@ def function(training: bool, act: str | None) -> Callable[..., Tensor]:
     return call
 
 
-@pytest.mark.parametrize(("training", "act", "with_residual"), CASES)
-def test_gradcheck(training: bool, act: str | None, with_residual: bool) -> None:
-    for layout in LAYOUTS:
-        given = inputs(layout, act, with_residual)
-        assert gradcheck(
-            function(training, act), given, check_forward_ad=True, check_batched_grad=True,
-        )  # fmt: skip
+@spread("training, act, with_residual, layout", *AXES, LAYOUTS, keep=3)
+def test_gradcheck(training: bool, act: str | None, with_residual: bool, layout: str) -> None:
+    given = inputs(layout, act, with_residual)
+    assert gradcheck(function(training, act), given, check_forward_ad=True, check_batched_grad=True)
 
 
-@pytest.mark.parametrize(("training", "act", "with_residual"), CASES)
+@spread("training, act, with_residual", *AXES)
 def test_gradgradcheck(training: bool, act: str | None, with_residual: bool) -> None:
     given = inputs("contiguous", act, with_residual)
     assert gradgradcheck(function(training, act), given)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from tests import norms
-from tests.helpers import ACTS, KINKS, lay_out, values
+from tests.helpers import ACTS, KINKS, lay_out, spread, values
 from tests.norms import Norm, Shape
 
 # torch scripts its own forward-mode decompositions when they are first used.
@@ -63,38 +63,40 @@ def function(norm: Norm, *, adds: bool = False, **options: Any) -> Callable[...,
     return call
 
 
-@pytest.mark.parametrize("norm", NORMS, ids=str)
-def test_gradcheck(norm: Norm) -> None:
+#: The mask of a norm by its kind: none, one that varies everywhere, one of whole rows.
+MASKS: dict[str, Callable[[Norm], Tensor | None]] = {
+    "no mask": lambda norm: None,
+    "mask": lambda norm: norm.mask(small(norm)),
+    "mask of rows": lambda norm: norm.mask(small(norm), whole_rows=True),
+}
+
+
+@spread("norm, layout, mask", NORMS, LAYOUTS, MASKS, keep=3)
+def test_gradcheck(norm: Norm, layout: str, mask: str) -> None:
     act = "silu" if norm.has_act else None
-    options = {"act": act} if act else {}
-    for layout in LAYOUTS:
-        given = inputs(norm, layout, act)
-        for mask in (None, norm.mask(small(norm)), norm.mask(small(norm), whole_rows=True)):
-            call = function(norm, mask=mask, **options)
-            assert gradcheck(call, given, check_forward_ad=True, check_batched_grad=True)
-            if layout == "contiguous":
-                assert gradgradcheck(call, given)
+    call = function(norm, mask=MASKS[mask](norm), **({"act": act} if act else {}))
+    given = inputs(norm, layout, act)
+    assert gradcheck(call, given, check_forward_ad=True, check_batched_grad=True)
+    if layout == "contiguous":
+        assert gradgradcheck(call, given)
 
 
-@pytest.mark.parametrize("norm", norms.WITH_RESIDUAL, ids=str)
-def test_gradcheck_with_a_residual(norm: Norm) -> None:
+@spread("norm, layout, mask", norms.WITH_RESIDUAL, LAYOUTS, MASKS, keep=3)
+def test_gradcheck_with_a_residual(norm: Norm, layout: str, mask: str) -> None:
     """Both outputs have a gradient, and both terms of the sum."""
-    for layout in LAYOUTS:
-        given = inputs(norm, layout, adds=True)
-        for mask in (None, norm.mask(small(norm)), norm.mask(small(norm), whole_rows=True)):
-            call = function(norm, adds=True, mask=mask)
-            assert gradcheck(call, given, check_forward_ad=True, check_batched_grad=True)
-            if layout == "contiguous":
-                assert gradgradcheck(call, given)
+    call = function(norm, adds=True, mask=MASKS[mask](norm))
+    given = inputs(norm, layout, adds=True)
+    assert gradcheck(call, given, check_forward_ad=True, check_batched_grad=True)
+    if layout == "contiguous":
+        assert gradgradcheck(call, given)
 
 
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("norm", [norms.LAYER, norms.LAYER_FIRST, norms.GROUP], ids=str)
-def test_gradcheck_of_activations(norm: Norm, act: str | None) -> None:
-    for layout in LAYOUTS:
-        given = inputs(norm, layout, act)
-        assert gradcheck(function(norm, act=act), given, check_forward_ad=True)
-    assert gradgradcheck(function(norm, act=act), inputs(norm, act=act))
+@spread("norm, act, layout", (norms.LAYER, norms.LAYER_FIRST, norms.GROUP), ACTS, LAYOUTS, keep=3)
+def test_gradcheck_of_activations(norm: Norm, act: str | None, layout: str) -> None:
+    given = inputs(norm, layout, act)
+    assert gradcheck(function(norm, act=act), given, check_forward_ad=True)
+    if layout == "contiguous":
+        assert gradgradcheck(function(norm, act=act), given)
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=str)

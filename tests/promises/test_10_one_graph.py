@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normally import nn
 from normally.functional import batch_norm
-from tests.helpers import ACTS, values
+from tests.helpers import ACTS, spread, values
 
 # torch's compiler, not ours: it scripts decompositions on import.
 pytestmark = [
@@ -72,8 +72,7 @@ def test_variants(variant: str, training: bool) -> None:
     compare(layer, "aot_eager", values((6, 4, 4), torch.float32))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("act", ACTS)
+@spread("act, training", ACTS, (True, False))
 def test_activations_and_residuals(act: str | None, training: bool) -> None:
     layer = nn.BatchNorm2d(3, act=act).train(training)
     x = values((4, 3, 5, 5), torch.float32).contiguous(memory_format=torch.channels_last)
@@ -93,8 +92,7 @@ def test_half_inputs_and_layouts(layer: type[nn.BatchNorm2d]) -> None:
         torch.testing.assert_close(y, layer(3)(x.to(dtype)))
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("momentum", [0.1, None])
+@spread("momentum, training", (None, 0.1), (True, False))
 def test_inductor(momentum: float | None, training: bool) -> None:
     layer = nn.BatchNorm2d(3, momentum=momentum, act="relu").train(training)
     x = values((4, 3, 6, 6), torch.float32)
