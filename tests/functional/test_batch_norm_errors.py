@@ -107,7 +107,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "number of lengths": ({"lengths": torch.tensor([5, 4])}, ValueError, "one number a sample"),
     "one value kept": ({"lengths": torch.tensor([1, 0, 0, 0])}, ValueError, "more than 1 value"),
     "group": ({"group": object()}, TypeError, "ProcessGroup or None. Got group of type object"),
-    "memory_efficient": ({"memory_efficient": True}, NotImplementedError, "memory_efficient"),
 }
 
 

@@ -138,7 +138,6 @@ def test_nothing_is_changed_by_a_call_that_raised(case: str, momentum: float | N
     ({"act": "relu", "act_param": 0.1}, ValueError, "act_param must be None unless"),
     ({"on_single_value": "skip"}, ValueError, "on_single_value must be 'error' or 'running'"),
     ({"correction": -1}, ValueError, "correction must be 0 or more. Got correction=-1"),
-    ({"memory_efficient": True}, NotImplementedError, "memory_efficient is not implemented"),
 ])  # fmt: skip
 def test_options_are_checked_at_construction(
     name: str, options: dict[str, Any], error: type[Exception], words: str

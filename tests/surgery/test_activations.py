@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normally.reference import ACTIVATIONS
-from normally.surgery._activations import Activation, of_function, of_module
+from normally.surgery._dataflow.activations import Activation, of_function, of_module
 
 
 class Spelled(nn.Module):

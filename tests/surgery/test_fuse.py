@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import normally
 from normally import fuse, revert
-from normally.surgery import FusedActivation, _fusing, _generated
+from normally.surgery import FusedActivation
+from normally.surgery._pairs import fusing, generated
 from tests.surgery.models import (
     ADDITIONS,
     ROUNDING,
@@ -175,9 +176,9 @@ def test_every_way_to_add(add: str) -> None:
     # A block has two ReLUs in one module: its forward is written anew.
     model = randomized(Residual(add))
     fuse(model, X)
-    assert isinstance(model.blocks[0], _generated.Generated)
+    assert isinstance(model.blocks[0], generated.Generated)
     assert isinstance(model.blocks[0], Block)
-    assert not isinstance(model.stem, _generated.Generated)
+    assert not isinstance(model.stem, generated.Generated)
 
 
 class AddsOnly(Block):
@@ -331,14 +332,14 @@ def test_hooks_are_heard() -> None:
 
 def test_a_failed_proof_leaves_the_model_and_names_the_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted mistake in one of three fusions of a module: the other two are kept."""
-    right = _fusing._set
+    right = fusing._set
 
     def wrong(norm: Any, act: Any, fusion: Any) -> None:
         right(norm, act, fusion)
         if fusion.path == "4":
             norm.act = "relu6"
 
-    monkeypatch.setattr(_fusing, "_set", wrong)
+    monkeypatch.setattr(fusing, "_set", wrong)
     model = randomized(nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(),
@@ -425,7 +426,7 @@ def test_calls_unlike_the_example_are_right() -> None:
     model = randomized(Optional())
     twin = copy.deepcopy(model)
     fuse(model, (X, 3.0))
-    assert isinstance(model, _generated.Generated)
+    assert isinstance(model, generated.Generated)
     for args, kwargs in [
         ((X, 3.0), {}),
         ((X,), {}),

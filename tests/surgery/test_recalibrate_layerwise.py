@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normally import nn, recalibrate
-from normally.surgery._order import blocks, relations
+from normally.surgery._statistics.order import blocks, relations
 from tests.surgery.populations import FAMILIES, assert_own_population, images, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")

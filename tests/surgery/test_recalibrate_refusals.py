@@ -227,11 +227,11 @@ def test_an_exception_leaves_the_model_as_it_was(
 
 
 def test_an_exception_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normally.surgery import _population
+    from normally.surgery._statistics import population
 
     model = network(nn)
     state = State(model)
-    write, calls = _population.write, []
+    write, calls = population.write, []
 
     def fails(*args: Any) -> Tensor:
         calls.append(args)
@@ -239,7 +239,7 @@ def test_an_exception_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> No
             raise KeyboardInterrupt
         return write(*args)
 
-    monkeypatch.setattr(_population, "write", fails)
+    monkeypatch.setattr(population, "write", fails)
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, [images()])
     state.assert_unchanged()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from normally import nn, recalibrate
-from normally.surgery import _partial_sums
+from normally.surgery._statistics import partial_sums
 from tests.distributed.launch import run
 from tests.helpers import assert_same_bits
 from tests.surgery.populations import State, images, network
@@ -86,7 +86,7 @@ def test_goes_on_behind_the_batches_that_are_counted(
 
 
 def _dies(rank: int, file: str, layerwise: bool, at: int) -> None:
-    _partial_sums._INTERVAL = 0.0
+    partial_sums._INTERVAL = 0.0
 
     def die(done: int, total: int | None) -> None:
         if done == at:
@@ -199,7 +199,7 @@ def test_it_is_written_every_few_seconds_and_in_one_step(
 ) -> None:
     file = tmp_path / "sums"
     now = [0.0]
-    monkeypatch.setattr(_partial_sums.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(partial_sums.time, "monotonic", lambda: now[0])
     sizes: list[int] = []
 
     def later(done: int, total: int | None) -> None:
@@ -235,9 +235,9 @@ def test_a_disk_that_is_full_leaves_the_old_file(
 
 def test_identity_sees_every_bit_and_name() -> None:
     model = network(nn)
-    identity = _partial_sums.identity(model)
-    assert identity == _partial_sums.identity(network(nn))
-    assert identity != _partial_sums.identity(torch.nn.Sequential(model))
+    identity = partial_sums.identity(model)
+    assert identity == partial_sums.identity(network(nn))
+    assert identity != partial_sums.identity(torch.nn.Sequential(model))
     with torch.no_grad():
         model[5].running_mean[3] = -0.0
-    assert identity != _partial_sums.identity(model)
+    assert identity != partial_sums.identity(model)

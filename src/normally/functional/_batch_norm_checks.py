@@ -33,6 +33,7 @@ class Call(NamedTuple):
     on_single_value: str
     act: int
     act_param: float
+    memory_efficient: bool
 
 
 def checked(call: Call, *, alone: bool = True) -> Call:
@@ -142,11 +143,3 @@ def peers_of(group: object) -> Peers | None:
             "torch.distributed.group.WORLD after torch.distributed.init_process_group."
         )
     return peers if peers.group.size() > 1 else None
-
-
-def refuse_reserved(**values: object) -> NoReturn:
-    name = next(name for name, value in values.items() if value is not None and value is not False)
-    raise NotImplementedError(
-        f"batch_norm: {name} is not implemented in this version of normally; its place in the "
-        f"signature is reserved. Call without {name}."
-    )

@@ -15,7 +15,8 @@ from .._ops._library import record
 from .._ops.batch_norm_autograd import EagerBatchNorm
 from .._ops.batch_norm_transforms import TransformableBatchNorm
 from ..distributed import Peers
-from ._batch_norm_checks import Call, checked, is_other_dim, peers_of, refuse_reserved
+from . import _recompute
+from ._batch_norm_checks import Call, checked, is_other_dim, peers_of
 from ._checks import prepare_residual
 from ._masks import prepare_mask
 
@@ -90,7 +91,10 @@ def batch_norm(
         group: processes whose values are normalized together in training, each of them calling
             this function at the same place: m counts those of all, and all buffers move alike. An
             empty batch takes part. `distributed.Peers` adds the name that errors give the layer.
-        memory_efficient: not implemented yet.
+        memory_efficient: what saves the output for its backward (a convolution, say) keeps a recipe
+            instead, once the input of another memory-efficient norm has come from it; in the
+            backward the output is computed again, to the same bits. In plain eager calls with
+            compiled kernels; elsewhere it changes nothing. See the guide to memory.
         num_batches_tracked: a counter, incremented in place by a training batch.
         skipped_updates: `(C,)` int64, incremented where a channel's update was refused.
 
@@ -114,8 +118,6 @@ def batch_norm(
     tensor([[0.7628, 1.7499],
             [2.6697, 6.1247]])
     """
-    if memory_efficient:
-        refuse_reserved(memory_efficient=memory_efficient)
     peers = None if group is None else peers_of(group)
     if act is None and act_param is None:
         fused = (0, 0.0)
@@ -142,6 +144,7 @@ def batch_norm(
     call = Call(
         x, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
         skipped_updates, training, momentum, unbiased, eps, correction, on_single_value, *fused,
+        memory_efficient,
     )  # fmt: skip
     if peers is not None and training:
         output = _run_together(checked(call, alone=False), peers)
@@ -245,15 +248,36 @@ def _run_eagerly(call: Call) -> Tensor:
         operator = ops.forward_and_update
         arguments = (*buffers, call.momentum, call.unbiased, *config, save_bits)
     if differentiates:
+        recomputes = call.memory_efficient and _recompute.is_possible()
+        if recomputes:
+            _recompute.replace_saved(call.input, call.residual)  # before there is an output
         output: Tensor = EagerBatchNorm.apply(
             *tensors, operator, arguments, (call.training, *config)
         )
+        if recomputes:
+            constants = _constants(call, _recompute.stats_of(output))
+            again = (*constants, *config, save_bits and not _checks_in_passing(call))
+            _recompute.attach(output, *tensors, again)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output, _, _ = operator(*tensors, *arguments)
     if call.training:
         running_stats.mark_changed(*buffers[:2])
     return output
+
+
+def _constants(call: Call, stats: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and variance with which the operator gives the same bits again; None is from the input.
+
+    The CPU's kernels take them as they have stored them. Other kernels are compiled apart for
+    evaluation: there the same call is the way to the same bits.
+    """
+    if not call.training:
+        assert call.running_mean is not None and call.running_var is not None  # a plain call
+        return call.running_mean.detach().clone(), call.running_var.detach().clone()
+    if _checks_in_passing(call) and call.correction == 0:
+        return stats[0], stats[1]
+    return None, None
 
 
 def _run(call: Call) -> Tensor:
@@ -299,9 +323,16 @@ def _run_together(call: Call, peers: Peers) -> Tensor:
         if torch.compiler.is_compiling() or not _have_kernels(call[:9]):
             output, stats, _ = sync_batch_norm.forward(*call[:5], *config, False, *place)
         elif _differentiates(call):
+            recomputes = call.memory_efficient and _recompute.is_possible()
+            if recomputes:
+                _recompute.replace_saved(x, call.residual)
             output, stats = sync_batch_norm.EagerSyncBatchNorm.apply(
                 *call[:5], config, _wants_bits(call), *place
             )
+            if recomputes:  # with the group's statistics, so nothing is exchanged again
+                var = sync_batch_norm.normalizing_variance(stats, call.correction)
+                again = (stats[0], var, call.eps, 0, call.act, call.act_param, False)
+                _recompute.attach(output, *call[:5], again)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 output, stats, _ = sync_batch_norm.forward(*call[:5], *config, False, *place)

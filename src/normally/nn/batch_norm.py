@@ -81,10 +81,6 @@ class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"{caller}: correction must be 0 or more. Got correction={correction}."
             )
-        if memory_efficient:
-            raise NotImplementedError(
-                f"{caller}: memory_efficient is not implemented in this version of normally."
-            )
         self.act = act
         self.act_param = act_param
         self.channel_dim = channel_dim
@@ -139,6 +135,7 @@ class _BatchNorm(CountsSkippedUpdates, torch.nn.modules.batchnorm._BatchNorm):
                 correction=self.correction,
                 on_single_value=self.on_single_value,
                 group=self._peers(),
+                memory_efficient=self.memory_efficient,
                 num_batches_tracked=self._buffers.get("num_batches_tracked") if tracks else None,
                 skipped_updates=self._buffers.get("_skipped_updates") if tracks else None,
             )
@@ -187,7 +184,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         unbiased: `running_var` keeps the unbiased variance (torch) or the biased (Keras, Flax).
         correction: the variance that normalizes is divided by m - correction.
         on_single_value: "error" or "running" where training meets one value per channel.
-        memory_efficient: not implemented yet.
+        memory_efficient: keep recipes in place of outputs, see `normally.functional.batch_norm`.
 
     >>> layer = BatchNorm1d(2, act="relu")
     >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach()

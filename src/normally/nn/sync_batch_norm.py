@@ -50,7 +50,8 @@ class SyncBatchNorm(_BatchNorm):
         unbiased: `running_var` keeps the unbiased variance (torch) or the biased (Keras, Flax).
         correction: the variance that normalizes is divided by m - correction.
         on_single_value: "error" or "running" where training meets one value per channel.
-        memory_efficient: not implemented yet.
+        memory_efficient: keep recipes in place of outputs, see `normally.functional.batch_norm`;
+            nothing is exchanged again for them.
 
     >>> layer = SyncBatchNorm(2, act="relu")  # one process: plain batch norm
     >>> layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).detach()

@@ -1,7 +1,7 @@
 """Operations on whole models."""
 
-from ._folding import FoldedNorm
-from ._fusing import FusedActivation
+from ._pairs.folding import FoldedNorm
+from ._pairs.fusing import FusedActivation
 from ._report import Change, Report
 from .accumulate import Accumulation, Lockstep, accumulate
 from .adapt import adapt

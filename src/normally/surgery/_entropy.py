@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._batches import Batches
 from ._evaluation import evaluation
-from ._tap import Answer, has_variance, tapped, values_of
+from ._statistics.tap import Answer, has_variance, tapped, values_of
 
 
 class Descent(NamedTuple):

@@ -22,7 +22,7 @@ from ..nn._location import located
 from ..nn._origin import becoming
 from ..nn._skipped_updates import CountsSkippedUpdates
 from ..nn._tracing import traced
-from . import _activations
+from ._dataflow import activations
 from ._derived import Derived, derive
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
@@ -44,7 +44,7 @@ class Recipe:
     #: own forward runs for those: Llama's multiplies half by float32 into float32.
     mixed: bool = True
     #: The activation that the layer's child `act` is, and that child's class.
-    act: _activations.Activation | None = None
+    act: activations.Activation | None = None
     act_class: type | None = None
 
     def __str__(self) -> str:
@@ -99,6 +99,7 @@ class Recipe:
                 layer.momentum, eps, act=act, act_param=act_param, residual=residual,
                 num_batches_tracked=buffers.get("num_batches_tracked"),
                 skipped_updates=buffers.get("_skipped_updates"),
+                memory_efficient=getattr(layer, "memory_efficient", False),
             )  # fmt: skip
         if self.kind == "frozen":
             return functional.batch_norm(
@@ -250,7 +251,7 @@ def _activation(layer: torch.nn.Module) -> tuple[Any, type] | None:
         raise ValueError("it drops values before its activation")
     if act is None or type(act) is torch.nn.Identity:
         return None
-    known = _activations.of_module(act)
+    known = activations.of_module(act)
     if known is None:  # called after the norm
         return None
     if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks:

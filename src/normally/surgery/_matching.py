@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ._batches import Batches
+from ._dataflow.hooks import ours
 from ._evaluation import evaluation
-from ._hooks import ours
 from ._replacing import channel_dim
 
 

@@ -1,4 +1,4 @@
-"""Progress of passes over data: a bar where rich is installed, or a function of the caller's."""
+"""Progress of long work: a bar where rich is installed, or a function of the caller's."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-#: Called with the number of batches that are done, and of all, None where that is not known.
+#: Called with the number of units that are done, and of all, None where that is not known.
 Told = Callable[[int, int | None], Any]
 
 
 @contextmanager
-def told(progress: bool | Told | None, title: str, is_first: bool) -> Iterator[Told]:
+def told(
+    progress: bool | Told | None, title: str, is_first: bool, unit: str = "batches"
+) -> Iterator[Told]:
     """Whom to tell how far it is: nobody, a bar on stderr, or the caller.
 
     Args:
@@ -22,6 +24,7 @@ def told(progress: bool | Told | None, title: str, is_first: bool) -> Iterator[T
             terminal; True is a bar in any case.
         title: what is going on.
         is_first: whether this is the first of several processes, or the only one.
+        unit: what is counted.
 
     Raises:
         ImportError: if there must be a bar and rich is not installed.
@@ -42,7 +45,7 @@ def told(progress: bool | Told | None, title: str, is_first: bool) -> Iterator[T
     console = importlib.import_module("rich.console").Console(stderr=True)
     columns = (
         rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-        rich.TextColumn("batches"), rich.TimeElapsedColumn(), rich.TimeRemainingColumn(),
+        rich.TextColumn(unit), rich.TimeElapsedColumn(), rich.TimeRemainingColumn(),
     )  # fmt: skip
     with rich.Progress(*columns, console=console, transient=console.is_terminal) as bars:
         task = bars.add_task(title, total=None)

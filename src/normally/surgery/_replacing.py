@@ -13,13 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from ..nn import create_norm
 from ..nn.create_norm import _ALIASES, _key
+from ._dataflow.hooks import has_hooks
 from ._evaluation import flag
-from ._folding import FoldedNorm, activation_module
 from ._foreign import Recipe
 from ._frozen import is_frozen
-from ._fusions import own_activation
-from ._hooks import has_hooks
 from ._norms import keeps_statistics
+from ._pairs.folding import FoldedNorm, activation_module
+from ._pairs.fusions import own_activation
 from .convert import way_back
 
 #: A name that `create_norm` knows, "none", or a function of the layer that makes another.

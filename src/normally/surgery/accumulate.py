@@ -9,9 +9,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..nn import SyncBatchNorm
 from ..nn.batch_norm import _BatchNorm as OurBatchNorm
-from ._collect import Accumulation
 from ._frozen import has_frozen_statistics
-from ._lockstep import Lockstep
+from ._lockstep.collect import Accumulation
+from ._lockstep.lockstep import Lockstep
 
 __all__ = ["Accumulation", "Lockstep", "accumulate"]
 

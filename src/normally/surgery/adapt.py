@@ -8,13 +8,13 @@ from typing import Any, Literal, overload
 
 import torch
 
-from ._batch_norms import BatchNorms, batch_norms
 from ._batches import Batches, Forward
-from ._calibrate import Options, calibrate
 from ._entropy import minimize_entropy
-from ._everybody import Everybody
 from ._report import Change, Report
 from ._restore import Restore
+from ._statistics.batch_norms import BatchNorms, batch_norms
+from ._statistics.calibrate import Options, calibrate
+from ._statistics.everybody import Everybody
 from ._walk import Selection
 
 _VERB = "adapt"

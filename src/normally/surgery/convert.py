@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 
 from ..nn._origin import becoming, family, go_back, origins
 from ..nn._skipped_updates import CountsSkippedUpdates
+from ..nn.batch_norm import _BatchNorm
 from . import _foreign
 from ._counterparts import COUNTERPARTS
 from ._frozen import is_frozen
@@ -22,6 +24,7 @@ _VERB = "convert"
 def convert(
     model: torch.nn.Module,
     *,
+    memory_efficient: bool = False,
     only: Selection = None,
     skip: Selection = None,
     return_report: Literal[False] = False,
@@ -30,6 +33,7 @@ def convert(
 def convert(
     model: torch.nn.Module,
     *,
+    memory_efficient: bool = False,
     only: Selection = None,
     skip: Selection = None,
     return_report: Literal[True],
@@ -37,6 +41,7 @@ def convert(
 def convert(
     model: torch.nn.Module,
     *,
+    memory_efficient: bool = False,
     only: Selection = None,
     skip: Selection = None,
     return_report: bool = False,
@@ -55,6 +60,8 @@ def convert(
 
     Args:
         model: any module, a normalization layer itself included.
+        memory_efficient: batch norms, those that are ours already included, keep less for the
+            backward; see `normally.nn.BatchNorm2d`. Most comes of it if `fuse` is next.
         only: names, patterns ("layer4", "*.bn2", "BatchNorm2d") or a function of (path, module)
             that say which layers; a name selects what is inside of it, too.
         skip: the same for layers to leave.
@@ -80,10 +87,27 @@ def convert(
         if change is None and _is_ours_while_frozen(module):
             kind = type(module).__name__
             change = Change(path, kind, False, "it is frozen, by our function: unfreeze first")
+        if memory_efficient:
+            change = _save_memory(path, module, change)
         if change is not None:
             changes.append(change)
     report = Report(_VERB, tuple(changes))
     return (model, report) if return_report else model
+
+
+def _save_memory(path: str, module: Any, change: Change | None) -> Change | None:
+    """Set the option of a batch norm, and say so in its line of the report."""
+    if change is not None and not change.done:
+        return change
+    recipe = getattr(module, "_recipe", None)
+    is_batch_norm = isinstance(module, _BatchNorm) or getattr(recipe, "kind", None) == "batch"
+    if not is_batch_norm or is_frozen(module) or getattr(module, "memory_efficient", False):
+        return change
+    with becoming(module, type(module), _VERB):
+        module.memory_efficient = True
+    if change is None:
+        return Change(path, type(module).__name__, True, "memory_efficient")
+    return replace(change, note=f"{change.note}, memory_efficient")
 
 
 def convert_layer(

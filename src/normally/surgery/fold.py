@@ -8,13 +8,13 @@ from typing import Any, Literal, overload
 import torch
 
 from ..nn._origin import go_back
-from . import _export
-from ._calls import as_call, observe
-from ._carry_out import Verb, carry_out, output_deviation
-from ._flow import Flow, follow, is_norm
-from ._folding import VERB, plan
-from ._folds import Fold, find, has_statistics
-from ._fusions import Refusal
+from ._dataflow import export
+from ._dataflow.calls import as_call, observe
+from ._dataflow.flow import Flow, follow, is_norm
+from ._pairs.carry_out import Verb, carry_out, output_deviation
+from ._pairs.folding import VERB, plan
+from ._pairs.folds import Fold, find, has_statistics
+from ._pairs.fusions import Refusal
 from ._report import Change, Report
 from ._walk import Selection, walk
 from .convert import convert_layer
@@ -100,13 +100,14 @@ def fold(
     found = _look(flow, chosen)
     undecided = [path for path, result in found.items() if isinstance(result, Refusal)]
     undecided += [c.path for c in _unseen(model, chosen, found)]
-    for other in _export.follow(model, args, kwargs, flow, undecided, both_modes=False):
+    for other in export.follow(model, args, kwargs, flow, undecided, both_modes=False):
         for path, result in _look(other, chosen).items():
             if path not in found or isinstance(result, Fold):
                 found[path] = result
     changes = [f.line() for f in found.values() if isinstance(f, Refusal)]
     findings = [f for f in found.values() if isinstance(f, Fold)]
     verb = Verb[Fold](
+        name=VERB,
         plan=plan,
         note=lambda fold: f"folded into {fold.weights_path}",
         modes=(False,),

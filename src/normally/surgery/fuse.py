@@ -7,12 +7,12 @@ from typing import Any, Literal, overload
 import torch
 
 from ..nn._origin import go_back
-from . import _export
-from ._calls import as_call, observe
-from ._carry_out import Verb, carry_out, output_deviation
-from ._flow import Flow, follow
-from ._fusing import VERB, plan
-from ._fusions import Fusion, Refusal, find
+from ._dataflow import export
+from ._dataflow.calls import as_call, observe
+from ._dataflow.flow import Flow, follow
+from ._pairs.carry_out import Verb, carry_out, output_deviation
+from ._pairs.fusing import VERB, plan
+from ._pairs.fusions import Fusion, Refusal, find
 from ._report import Change, Report
 from ._walk import Selection, walk
 from .convert import convert_layer
@@ -88,13 +88,12 @@ def fuse(
     calls = observe(model, args, kwargs)
     flow = follow(model, calls, both_modes=True)
     found = _candidates(flow, chosen)
-    for other in _export.follow(
-        model, args, kwargs, flow, _at_edges(flow, chosen), both_modes=True
-    ):
+    for other in export.follow(model, args, kwargs, flow, _at_edges(flow, chosen), both_modes=True):
         found = _candidates(other, chosen) | found
     changes = [f.line() for f in found.values() if isinstance(f, Refusal)]
     fusions, converted, refused = _convert([f for f in found.values() if isinstance(f, Fusion)])
     verb = Verb[Fusion](
+        name=VERB,
         plan=plan,
         note=lambda fusion: f"{fusion} in one kernel",
         modes=(False, True),

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from ._batch_norms import batch_norms
 from ._batches import Batches, Forward
-from ._calibrate import Options, calibrate
 from ._progress import Told
 from ._report import Report
+from ._statistics.batch_norms import batch_norms
+from ._statistics.calibrate import Options, calibrate
 from ._walk import Selection
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional._checks import prepare_residual
-from ..functional._masks import prepare_mask
-from ..nn.batch_norm import _BatchNorm as OurBatchNorm
+from ...functional._checks import prepare_residual
+from ...functional._masks import prepare_mask
+from ...nn.batch_norm import _BatchNorm as OurBatchNorm
 
 
 class Joined(NamedTuple):

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..nn._origin import family
-from . import _activations
-from ._calls import Calls, Pattern
-from ._counterparts import COUNTERPARTS, OURS
-from ._foreign import Converted, ConvertedBatchNorm
-from ._hooks import has_hooks
-from ._trace import Trace, UntraceableError, scope_of, trace
+from ...nn._origin import family
+from .._counterparts import COUNTERPARTS, OURS
+from .._foreign import Converted, ConvertedBatchNorm
+from . import activations
+from .calls import Calls, Pattern
+from .hooks import has_hooks
+from .trace import Trace, UntraceableError, scope_of, trace
 
 #: What may stand between two layers without changing a value: methods and functions.
 _VIEWS = frozenset(
@@ -50,7 +50,7 @@ class Op(NamedTuple):
     #: The module that is called, and its path in the model; None for functions.
     module: torch.nn.Module | None = None
     path: str = ""
-    activation: _activations.Activation | None = None
+    activation: activations.Activation | None = None
 
 
 class Root(NamedTuple):
@@ -69,10 +69,10 @@ class Root(NamedTuple):
             return classify(module, join(self.path, str(node.target)))
         if node.op not in ("call_function", "call_method"):
             return Op("other")
-        activation = _activations.of_function(node.target, node.args[1:], dict(node.kwargs))
+        activation = activations.of_function(node.target, node.args[1:], dict(node.kwargs))
         if activation is not None:
             return Op("act", activation=activation)
-        if node.target in _activations.ADDITIONS and set(node.kwargs) <= {"other"}:
+        if node.target in activations.ADDITIONS and set(node.kwargs) <= {"other"}:
             return Op("add")
         name = node.target if isinstance(node.target, str) else _name(node.target)
         return Op("view" if name in _VIEWS else "other")
@@ -108,7 +108,7 @@ def classify(module: torch.nn.Module, path: str) -> Op:
         return Op("view", module, path)
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return Op("dropout", module, path)
-    activation = _activations.of_module(module)
+    activation = activations.of_module(module)
     if activation is not None:
         return Op("act", module, path, activation)
     return Op("other", module, path)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..nn._origin import becoming
-from ._carry_out import Group
-from ._derived import derive
-from ._foreign import Recipe
-from ._fusions import Fusion
-from ._generated import Generated, write
-from ._trace import UntraceableError
+from ...nn._origin import becoming
+from .._dataflow.trace import UntraceableError
+from .._derived import derive
+from .._foreign import Recipe
+from .carry_out import Group
+from .fusions import Fusion
+from .generated import Generated, write
 
 VERB = "fuse"
 

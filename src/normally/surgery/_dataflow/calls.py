@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._evaluation import flag
+from .._evaluation import flag
 
 
 class Given:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._everybody import Everybody
-from ._findings import Call, Findings
-from ._order import Block, blocks, relations
-from ._passes import Passes
-from ._population import Populations, count, write
-from ._tap import Answer, has_variance
+from .everybody import Everybody
+from .findings import Call, Findings
+from .order import Block, blocks, relations
+from .passes import Passes
+from .population import Populations, count, write
+from .tap import Answer, has_variance
 
 #: How often statistics that depend on themselves are measured again.
 _MAX_TURNS = 50

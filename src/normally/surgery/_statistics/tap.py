@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..functional._masks import prepare_mask
-from ..nn.batch_norm import _BatchNorm as OurBatchNorm
-from ._foreign import ConvertedBatchNorm
+from ...functional._masks import prepare_mask
+from ...nn.batch_norm import _BatchNorm as OurBatchNorm
+from .._foreign import ConvertedBatchNorm
 
 #: The batch's own statistics, the layer's running ones, or this mean and variance.
 Answer = Literal["batch", "running"] | tuple[Tensor, Tensor]

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._batches import Batches
-from ._evaluation import evaluation
-from ._everybody import Everybody
-from ._layerwise import layer_by_layer
-from ._partial_sums import PartialSums, identity
-from ._passes import Passes
-from ._population import at_once, store
-from ._progress import Told, told
-from ._report import Change
+from .._batches import Batches
+from .._evaluation import evaluation
+from .._progress import Told, told
+from .._report import Change
+from .everybody import Everybody
+from .layerwise import layer_by_layer
+from .partial_sums import PartialSums, identity
+from .passes import Passes
+from .population import at_once, store
 
 
 class Options(NamedTuple):

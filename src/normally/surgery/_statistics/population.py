@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._everybody import Everybody
-from ._findings import Call, Findings
-from ._passes import Passes
-from ._report import Change
-from ._tap import Answer, has_variance
+from .._report import Change
+from .everybody import Everybody
+from .findings import Call, Findings
+from .passes import Passes
+from .tap import Answer, has_variance
 
 
 class Populations(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import activate
-from . import _foreign
-from ._carry_out import Group
-from ._evaluation import flag
-from ._folds import Fold
+from ...reference import activate
+from .. import _foreign
+from .._evaluation import flag
+from .carry_out import Group
+from .folds import Fold
 
 VERB = "fold"
 

@@ -16,13 +16,13 @@ import torch
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from ._calls import Pattern
-from ._carry_out import Group
-from ._derived import Derived
-from ._flow import Root, join
-from ._fusions import Fusion, Refusal, in_graph
-from ._hooks import has_hooks
-from ._trace import Read, UntraceableError, trace
+from .._dataflow.calls import Pattern
+from .._dataflow.flow import Root, join
+from .._dataflow.hooks import has_hooks
+from .._dataflow.trace import Read, UntraceableError, trace
+from .._derived import Derived
+from .carry_out import Group
+from .fusions import Fusion, Refusal, in_graph
 
 
 class Part(NamedTuple):

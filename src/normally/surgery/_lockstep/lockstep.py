@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .._ops import running_stats
-from ._coroutine import Coroutine
-from ._together import apart, together
+from ..._ops import running_stats
+from .coroutine import Coroutine
+from .together import apart, together
 
 
 class _Call(NamedTuple):

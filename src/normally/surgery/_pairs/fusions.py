@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from .. import nn
-from . import _foreign
-from ._activations import Activation
-from ._flow import Flow, Op, Root
-from ._hooks import has_hooks
-from ._report import Change
+from ... import nn
+from .. import _foreign
+from .._dataflow.activations import Activation
+from .._dataflow.flow import Flow, Op, Root
+from .._dataflow.hooks import has_hooks
+from .._report import Change
 
 _BATCH = torch.nn.modules.batchnorm._BatchNorm
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._flow import CONVOLUTIONS
-from ._hooks import forget_hooks
+from .._dataflow.flow import CONVOLUTIONS
+from .._dataflow.hooks import forget_hooks
 
 #: By dtype: how far two results may be apart, relative to the largest value. torch's derivatives of
 #: hardswish and hardsigmoid have 1/6 in float32 (3e-8); a batch norm's eps of 1e-5 that got lost is

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .._ops import sync_batch_norm
-from ._batches import Batches
-from ._findings import Call, Findings
-from ._partial_sums import PartialSums
-from ._progress import Told
-from ._tap import Answer, tapped, values_of
+from ..._ops import sync_batch_norm
+from .._batches import Batches
+from .._progress import Told
+from .findings import Call, Findings
+from .partial_sums import PartialSums
+from .tap import Answer, tapped, values_of
 
 
 class _Enough(BaseException):

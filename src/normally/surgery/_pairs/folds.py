@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from .. import nn
-from . import _foreign
-from ._flow import Flow, Op, Root, takers
-from ._fusions import Refusal, common
-from ._hooks import has_hooks
+from ... import nn
+from .. import _foreign
+from .._dataflow.flow import Flow, Op, Root, takers
+from .._dataflow.hooks import has_hooks
+from .fusions import Refusal, common
 
 
 class Fold(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
 
-from ._evaluation import flag
-from ._report import Change
-from ._walk import Selection, walk
+from .._evaluation import flag
+from .._report import Change
+from .._walk import Selection, walk
 
 
 class BatchNorms(NamedTuple):

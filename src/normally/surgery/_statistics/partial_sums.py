@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ._findings import Findings
+from .findings import Findings
 
 #: How old the file may get while there is more to say, in seconds.
 _INTERVAL = 5.0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import ACTIVATIONS, activate
+from ...reference import ACTIVATIONS, activate
 
 
 class Activation(NamedTuple):

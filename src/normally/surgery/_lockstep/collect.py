@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer
 from torch.utils.hooks import RemovableHandle
 
-from .. import distributed
-from .._ops import running_stats
-from ..functional._masks import prepare_mask
-from ..nn import SyncBatchNorm
-from ..nn.batch_norm import _BatchNorm as OurBatchNorm
-from ._lockstep import refuse_second
+from ... import distributed
+from ..._ops import running_stats
+from ...functional._masks import prepare_mask
+from ...nn import SyncBatchNorm
+from ...nn.batch_norm import _BatchNorm as OurBatchNorm
+from .lockstep import refuse_second
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "_skipped_updates")
 

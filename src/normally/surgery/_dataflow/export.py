@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ._calls import Pattern, evaluating
-from ._flow import Flow, Root, flow_of, is_leaf
-from ._hooks import ours
-from ._trace import Trace
+from .calls import Pattern, evaluating
+from .flow import Flow, Root, flow_of, is_leaf
+from .hooks import ours
+from .trace import Trace
 
 
 def follow(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distributed
-from .._ops.batch_norm import stats_like
-from ..nn._sync_conversion import check_group
+from ... import distributed
+from ..._ops.batch_norm import stats_like
+from ...nn._sync_conversion import check_group
 
 
 class Everybody:

@@ -9,12 +9,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from ._calls import Pattern, evaluating
-from ._flow import Flow, Root
-from ._hooks import ours
-from ._proof import ProofError, prove
-from ._report import Change
-from ._trace import UntraceableError
+from .._dataflow.calls import Pattern, evaluating
+from .._dataflow.flow import Flow, Root
+from .._dataflow.hooks import ours
+from .._dataflow.trace import UntraceableError
+from .._progress import told
+from .._report import Change
+from .proof import ProofError, prove
 
 
 class Finding(Protocol):
@@ -54,6 +55,7 @@ class Group(NamedTuple, Generic[F]):
 class Verb(NamedTuple, Generic[F]):
     """What is done with findings."""
 
+    name: str
     #: What does a group's change to its owner or to a copy; may raise UntraceableError.
     plan: Callable[[Group[F]], Callable[[torch.nn.Module], None]]
     #: What became of a norm, in words.
@@ -89,11 +91,14 @@ def carry_out(
                 lines[group.owner.path], change = _attempt(group, args, kwargs, verb)
             if change is not None:
                 changes.append((module, change))
+            tell(len(lines), len(groups))
 
         return prove_once
 
+    groups = _groups(findings, flow)
     with ExitStack() as stack:
-        for group in _groups(findings, flow):
+        tell = stack.enter_context(told(None, verb.name, True, unit="parts proved"))
+        for group in groups:
             handle = group.owner.module.register_forward_pre_hook(
                 ours(listen(group)), prepend=True, with_kwargs=True
             )

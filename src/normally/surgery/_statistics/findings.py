@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import distributed
+from ... import distributed
 
 
 class Call(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx.graph import inplace_methods
 
-from ._calls import Pattern, evaluating
+from .calls import Pattern, evaluating
 
 
 class UntraceableError(Exception):

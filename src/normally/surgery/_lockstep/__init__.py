@@ -1,0 +1,1 @@
+"""Micro-batches that go through a model together, layer by layer."""
