@@ -23,6 +23,17 @@ def test_both_forms_start_from_the_same_weights(image_size):
     assert plain(torch.randn(2, 1, image_size, image_size)).shape == (2, 10)
 
 
+def test_without_biases_the_weights_and_what_is_drawn_next_are_the_same():
+    torch.manual_seed(0)
+    with_, next_with = lenet(8, bias=True), torch.rand(1)
+    torch.manual_seed(0)
+    without, next_without = lenet(8, bias=False), torch.rand(1)
+    for a, b in zip(with_, without, strict=True):
+        if isinstance(a, nn.Conv2d | nn.Linear):
+            assert torch.equal(a.weight, b.weight)
+    assert torch.equal(next_with, next_without)
+
+
 def norms(model):
     kinds = (BatchNorm1d, BatchNorm2d, GroupNorm, LayerNorm)
     return [type(m) for m in model if isinstance(m, kinds)]

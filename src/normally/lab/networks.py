@@ -43,20 +43,25 @@ def lenet(
         return [*parts, nn.Dropout(dropout)] if dropout and position > 2 else parts
 
     model = nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2, bias=bias),
+        nn.Conv2d(1, 6, 5, padding=2),
         *hidden(1, 6),
         nn.AvgPool2d(2),
-        nn.Conv2d(6, 16, 5, padding=2, bias=bias),
+        nn.Conv2d(6, 16, 5, padding=2),
         *hidden(2, 16),
         nn.AvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(16 * (image_size // 4) ** 2, 120, bias=bias),
+        nn.Linear(16 * (image_size // 4) ** 2, 120),
         *hidden(3, 120),
-        nn.Linear(120, 84, bias=bias),
+        nn.Linear(120, 84),
         *hidden(4, 84),
         nn.Linear(84, classes),
     )
-    return initialize(model)
+    initialize(model)
+    if not bias:
+        # Taken away, not left out: torch's constructors draw biases, and the weights would differ.
+        for layer in [m for m in model if isinstance(m, nn.Conv2d | nn.Linear)][:-1]:
+            layer.bias = None
+    return model
 
 
 def mlp(
