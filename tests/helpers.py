@@ -42,10 +42,9 @@ BOTH_HALVES = (0, 1)
 def spread(names: str, *axes: Iterable[Any], keep: int = 2) -> pytest.MarkDecorator:
     """`parametrize` by the product of `axes`: one case of `keep` now, the others are slow.
 
-    Now are those whose positions on the axes add up to a multiple of `keep`. So with three axes
-    every value meets every value of each other axis of `keep` values or more; what is left to
-    `make nightly` are triples, or with two axes pairs. "shape groups, dtype" has two axes, the
-    first one of pairs.
+    Now are those whose positions on the axes add up to a multiple of `keep`. So every two values of
+    two axes meet where a third axis has `keep` values or more; of two axes alone, every value
+    occurs. In "shape groups, dtype" the values of the first of two axes are pairs.
     """
     groups = [name.split() for name in names.split(", ")]
     cases = []

@@ -311,3 +311,23 @@ def test_compiles_without_a_break(backend: str) -> None:
     for pairs in results(2, _compiled, backend, timeout=600.0, group_timeout=300.0):
         for eager, compiled in pairs:
             torch.testing.assert_close(compiled, eager, rtol=1e-14, atol=1e-14)
+
+
+def _norm_after_norm(rank: int) -> list[list[Tensor]]:
+    found = []
+    for memory_efficient in (False, True):
+        x = values((3 + rank, 4, 5), torch.float32, seed=rank).requires_grad_()
+        shared = {"training": True, "group": dist.group.WORLD, "memory_efficient": memory_efficient}
+        weight = torch.linspace(-1, 2, 4).requires_grad_()
+        first = functional.batch_norm(x, None, None, weight, act="silu", correction=1, **shared)
+        y = functional.batch_norm(first.sin(), None, None, residual=first, act="relu", **shared)
+        replaced = y.grad_fn.next_functions[0][0]._raw_saved_self.unpack_hook is not None
+        assert replaced == memory_efficient
+        found.append([y.detach(), *torch.autograd.grad(y.pow(3).sum(), (x, weight))])
+    return found
+
+
+def test_memory_efficient_exchanges_nothing_again() -> None:
+    for plain, efficient in results(2, _norm_after_norm):
+        for one, other in zip(plain, efficient, strict=True):
+            assert torch.equal(other, one)

@@ -62,22 +62,16 @@ def stats_of(output: Tensor) -> Tensor:
     return stats
 
 
-def attach(
-    output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    settings: tuple[Any, ...],
-) -> None:
+def attach(output: Tensor, operands: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> None:
     """Give the node of a norm's output its recipe.
 
     Args:
-        output: just made, by a node whose saved tensors are those of `batch_norm_autograd.remember`.
-        input: as given to the operator, and so on.
-        settings: what the operator takes after the mask, for the same bits.
+        output: just made, by a node that saves what `_ops.batch_norm_autograd.remember` does.
+        operands: input, weight, bias, residual and mask, as the operator took them.
+        settings: what the operator takes after them, for the same bits.
     """
+    input, weight, bias, residual, mask = operands
+    assert input is not None
     node: Any = output.grad_fn
     saved = node._raw_saved_tensors
     if saved[0].data is None:
@@ -125,7 +119,7 @@ def _recipe_at(node: Any) -> Recipe | None:
 
 def _saved_by(node: Any) -> Iterator[tuple[Any, Tensor]]:
     """What a node saves: autograd's handle, and the tensor."""
-    for name in _names(type(node)):
+    for name in _names(node.__class__):
         try:
             saved = getattr(node, name)
         except RuntimeError:  # freed by a backward

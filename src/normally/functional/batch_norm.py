@@ -257,7 +257,7 @@ def _run_eagerly(call: Call) -> Tensor:
         if recomputes:
             constants = _constants(call, _recompute.stats_of(output))
             again = (*constants, *config, save_bits and not _checks_in_passing(call))
-            _recompute.attach(output, *tensors, again)
+            _recompute.attach(output, tensors, again)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             output, _, _ = operator(*tensors, *arguments)
@@ -273,7 +273,8 @@ def _constants(call: Call, stats: Tensor) -> tuple[Tensor | None, Tensor | None]
     evaluation: there the same call is the way to the same bits.
     """
     if not call.training:
-        assert call.running_mean is not None and call.running_var is not None  # a plain call
+        assert call.running_mean is not None  # as in every plain call
+        assert call.running_var is not None
         return call.running_mean.detach().clone(), call.running_var.detach().clone()
     if _checks_in_passing(call) and call.correction == 0:
         return stats[0], stats[1]
@@ -332,7 +333,7 @@ def _run_together(call: Call, peers: Peers) -> Tensor:
             if recomputes:  # with the group's statistics, so nothing is exchanged again
                 var = sync_batch_norm.normalizing_variance(stats, call.correction)
                 again = (stats[0], var, call.eps, 0, call.act, call.act_param, False)
-                _recompute.attach(output, *call[:5], again)
+                _recompute.attach(output, call[:5], again)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 output, stats, _ = sync_batch_norm.forward(*call[:5], *config, False, *place)
