@@ -70,6 +70,15 @@ def checkered(half: int, *axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
+def half_of(half: int, options: Sequence[Any], start: int) -> list[tuple[int, Any]]:
+    """One half of `enumerate(options, start)`, neighbours together.
+
+    Of every second one all turns would be odd or all even, and what takes turns by two or by four
+    would not meet every value of the axis that decides the half.
+    """
+    return [turn for k, turn in enumerate(enumerate(options, start)) if k // 2 % 2 == half]
+
+
 def arithmetic(dtype: torch.dtype) -> float:
     """Allowed error of the computation itself, relative to the largest term of a sum.
 

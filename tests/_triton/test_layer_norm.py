@@ -28,7 +28,7 @@ COLUMNS = [((2, 7, 5), 1), ((3, 64, 7, 7), 1), ((2, 129, 4, 3), 1), ((2, 600, 9)
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors become several tiles each of a few programs."""
-    monkeypatch.setattr(row_tiles, "_PROGRAMS", 3)
+    monkeypatch.setattr(row_tiles, "_PROGRAMS", 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -164,6 +164,10 @@ def _main(
             world_size=world_size,
             timeout=timedelta(seconds=group_timeout),
         )
+        # Who is still connecting when another ends would fail for that.
+        connections = dist.distributed_c10d._get_default_store()
+        connections.set(f"connected/{rank}", "")
+        connections.wait([f"connected/{other}" for other in range(world_size)])
         value = function(rank, *args)
         # Pickled here: what cannot be is this function's error, and tensors go by value.
         word = pickle.dumps((value, None))

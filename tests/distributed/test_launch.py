@@ -46,7 +46,7 @@ def test_variables_reach_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_end_has_its_name() -> None:
-    raised, died, hung, fine = run(4, _trouble, timeout=5.0)
+    raised, died, hung, fine = run(4, _trouble, timeout=15.0)
     assert raised.error is not None
     assert raised.error.startswith("KeyError: 'nothing here'\nTraceback")
     assert raised.exitcode == 1

@@ -13,6 +13,7 @@ from tests.helpers import (
     BOTH_HALVES,
     DTYPES,
     assert_same_bits,
+    half_of,
     lay_out,
     layouts_of,
     spread,
@@ -29,8 +30,7 @@ def test_every_layout(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> 
     wide = parameter_dtype(dtype)
     weight, bias = ramp(shape[-1:], -1.5, 1.6, wide), ramp(shape[-1:], 0.7, -0.9, wide)
     layouts = layouts_of(len(shape))
-    turns = list(enumerate(layouts, start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts, start=SHAPES.index(shape)):
         check_norm(
             "layer_norm",
             lay_out(values(shape, dtype, seed=index), layout),

@@ -9,7 +9,16 @@ import torch
 
 from normally.reference import CASTINGS
 from tests.device.functional import add_rms_norm, rms_norm
-from tests.helpers import BOTH_HALVES, DTYPES, assert_same_bits, lay_out, layouts_of, spread, values
+from tests.helpers import (
+    BOTH_HALVES,
+    DTYPES,
+    assert_same_bits,
+    half_of,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 SHAPES = [(3, 1), (5, 17), (4, 64), (2, 513), (1, 4097), (3, 5, 33), (2, 3, 4, 5), (2, 2, 3, 2, 7)]
@@ -20,8 +29,7 @@ def test_every_layout(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> 
     """Each layout of the input beside another one of the residual."""
     weight = ramp(shape[-1:], -1.5, 1.6, parameter_dtype(dtype))
     layouts = layouts_of(len(shape))
-    turns = list(enumerate(layouts, start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts, start=SHAPES.index(shape)):
         check_norm(
             "rms_norm",
             lay_out(values(shape, dtype, seed=index), layout),

@@ -13,6 +13,7 @@ from tests.helpers import (
     DTYPES,
     check_batch_norm,
     checkered,
+    half_of,
     lay_out,
     layouts_of,
     spread,
@@ -41,8 +42,7 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> N
     bias = torch.linspace(0.7, -0.9, channels, dtype=parameter_dtype)
     # The turns have lengths without a common divisor, so every pair meets in some shape.
     turn = SHAPES.index(shape)
-    turns = list(enumerate(layouts_of(len(shape)), start=turn))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=turn):
         x = lay_out(values(shape, dtype, seed=index), layout)
         check_batch_norm(
             x,

@@ -20,6 +20,7 @@ from tests.helpers import (
     DTYPES,
     assert_same_bits,
     check_batch_norm,
+    half_of,
     lay_out,
     layouts_of,
     spread,
@@ -54,8 +55,7 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> N
     """Output, running statistics and gradients, with NaN in the padding of input and residual."""
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         x = lay_out(values(shape, dtype, seed=index), layout)
         mask = random_mask(NAME, x, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         mask.view(-1)[1] = True  # two values at least

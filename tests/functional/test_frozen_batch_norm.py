@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from tests.device.functional import frozen_batch_norm
-from tests.helpers import BOTH_HALVES, DTYPES, assert_same_bits, lay_out, layouts_of, spread, values
+from tests.helpers import (
+    BOTH_HALVES,
+    DTYPES,
+    assert_same_bits,
+    half_of,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 SHAPES = [
@@ -30,8 +39,7 @@ def statistics(channels: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         check_norm(
             "frozen_batch_norm",
             lay_out(values(shape, dtype, seed=index), layout),

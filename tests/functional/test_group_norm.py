@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from tests.device.functional import group_norm, instance_norm, layer_norm
-from tests.helpers import ACTS, BOTH_HALVES, DTYPES, checkered, lay_out, layouts_of, spread, values
+from tests.helpers import (
+    ACTS,
+    BOTH_HALVES,
+    DTYPES,
+    checkered,
+    half_of,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 # (shape, groups): one group, a group a channel, an odd number of channels a group; 1, 2 … 9 and 49
@@ -32,8 +42,7 @@ def test_every_shape(shape: tuple[int, ...], groups: int, dtype: torch.dtype, ha
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
     turn = CASES.index((shape, groups))
-    turns = list(enumerate(layouts_of(len(shape)), start=turn))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=turn):
         check_norm(
             "group_norm",
             lay_out(values(shape, dtype, seed=index), layout),

@@ -16,6 +16,7 @@ from tests.helpers import (
     assert_same_bits,
     check_batch_norm,
     checkered,
+    half_of,
     lay_out,
     layouts_of,
     spread,
@@ -39,8 +40,7 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> N
     """Each layout of a shape, with the activations and the absent tensors taking turns."""
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         check_norm(
             "instance_norm",
             lay_out(values(shape, dtype, seed=index), layout),

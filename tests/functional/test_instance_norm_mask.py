@@ -18,6 +18,7 @@ from tests.helpers import (
     BOTH_HALVES,
     DTYPES,
     assert_same_bits,
+    half_of,
     lay_out,
     layouts_of,
     spread,
@@ -46,8 +47,7 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> N
     """Output and gradients, with NaN in the padding and in the gradients that come to it."""
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         x = lay_out(values(shape, dtype, seed=index), layout)
         mask = random_mask(NAME, x, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         check_norm(

@@ -15,6 +15,7 @@ from tests.helpers import (
     DTYPES,
     assert_same_bits,
     checkered,
+    half_of,
     lay_out,
     layouts_of,
     spread,
@@ -38,8 +39,7 @@ def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> N
     """Each layout of a shape, with the activations and the absent tensors taking turns."""
     wide = parameter_dtype(dtype)
     turn = SHAPES.index(shape)
-    turns = list(enumerate(layouts_of(len(shape)), start=turn))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=turn):
         size = shape[-1 - index % (len(shape) - 1) :]  # the last, the last two, …; never all
         check_norm(
             "layer_norm",

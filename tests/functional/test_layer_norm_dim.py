@@ -13,6 +13,7 @@ from tests.helpers import (
     BOTH_HALVES,
     DTYPES,
     assert_same_bits,
+    half_of,
     lay_out,
     layouts_of,
     spread,
@@ -33,8 +34,7 @@ def test_channels_first(shape: tuple[int, ...], dtype: torch.dtype, half: int) -
     wide = parameter_dtype(dtype)
     weight, bias = ramp((shape[1],), -1.5, 1.6, wide), ramp((shape[1],), 0.7, -0.9, wide)
     turn = SHAPES.index(shape)
-    turns = list(enumerate(layouts_of(len(shape)), start=turn))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=turn):
         check_norm(
             "layer_norm",
             lay_out(values(shape, dtype, seed=index), layout),

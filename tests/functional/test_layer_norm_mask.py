@@ -17,6 +17,7 @@ from tests.helpers import (
     BOTH_HALVES,
     DTYPES,
     assert_same_bits,
+    half_of,
     has_kernels,
     lay_out,
     layouts_of,
@@ -51,8 +52,7 @@ def test_every_shape(
     wide = parameter_dtype(dtype)
     size = shape[-1] if dim is None else shape[dim]
     weight, bias = ramp((size,), -1.5, 1.6, wide), ramp((size,), 0.7, -0.9, wide)
-    turns = list(enumerate(layouts_of(len(shape)), start=CASES.index((shape, dim))))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=CASES.index((shape, dim))):
         x = lay_out(values(shape, dtype, seed=index), layout)
         mask = random_mask(NAME, x, {"dim": dim}, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         residual = torch.where(mask, values(shape, dtype, seed=1), math.inf)

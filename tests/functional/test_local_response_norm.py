@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from tests.device.functional import local_response_norm
-from tests.helpers import BOTH_HALVES, DTYPES, assert_same_bits, lay_out, layouts_of, spread, values
+from tests.helpers import (
+    BOTH_HALVES,
+    DTYPES,
+    assert_same_bits,
+    half_of,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 from tests.norm_helpers import check_norm
 
 # Channels below, at and above the window; positions of 1, primes, lanes and chunks ± 1.
@@ -33,8 +42,7 @@ SETTINGS = (
 @spread("shape, dtype, half", SHAPES, DTYPES, BOTH_HALVES)
 def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     """Each layout of a shape, with windows and settings taking turns."""
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         check_norm(
             "local_response_norm",
             lay_out(values(shape, dtype, seed=index), layout),

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from tests.device.functional import local_response_norm
 from tests.functional.test_batch_norm_property import views
-from tests.helpers import BOTH_HALVES, DTYPES, assert_same_bits, lay_out, layouts_of, spread, values
+from tests.helpers import (
+    BOTH_HALVES,
+    DTYPES,
+    assert_same_bits,
+    half_of,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 from tests.mask_checks import (
     check_compacted,
     check_forms,
@@ -38,8 +47,7 @@ SETTINGS = {"size": 5, "alpha": 0.6, "beta": 0.75, "k": 1.5}
 
 @spread("shape, dtype, half", SHAPES, DTYPES, BOTH_HALVES)
 def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         x = lay_out(values(shape, dtype, seed=index), layout)
         mask = random_mask(NAME, x, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         check_norm(

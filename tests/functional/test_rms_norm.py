@@ -10,7 +10,16 @@ import torch.nn.functional as F
 
 from normally.reference import CASTINGS
 from tests.device.functional import rms_norm
-from tests.helpers import BOTH_HALVES, DTYPES, assert_same_bits, lay_out, layouts_of, spread, values
+from tests.helpers import (
+    BOTH_HALVES,
+    DTYPES,
+    assert_same_bits,
+    half_of,
+    lay_out,
+    layouts_of,
+    spread,
+    values,
+)
 from tests.norm_helpers import check_norm, parameter_dtype, ramp
 
 # Row lengths: 1, primes, and what kernels block by (lanes of 4 to 64, chunks of 512 to 4096) with
@@ -28,8 +37,7 @@ SHAPES = [
 def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     """Each layout of a shape, with the castings and the weight taking turns."""
     wide = parameter_dtype(dtype)
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         size = shape[-1 - index % (len(shape) - 1) :]  # the last, the last two, …; never all
         check_norm(
             "rms_norm",

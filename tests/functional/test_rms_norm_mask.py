@@ -17,6 +17,7 @@ from tests.helpers import (
     BOTH_HALVES,
     DTYPES,
     assert_same_bits,
+    half_of,
     has_kernels,
     lay_out,
     layouts_of,
@@ -42,8 +43,7 @@ SHAPES = [(5, 3), (65, 17), (3, 7, 33), (2, 4, 513), (2, 3, 4, 5), (3, 2, 2, 5, 
 def test_every_shape(shape: tuple[int, ...], dtype: torch.dtype, half: int) -> None:
     """Output, sum and gradients, with NaN in the padding and in the gradients that come to it."""
     weight = ramp(shape[-1:], -1.5, 1.6, parameter_dtype(dtype))
-    turns = list(enumerate(layouts_of(len(shape)), start=SHAPES.index(shape)))
-    for index, layout in turns[half::2]:
+    for index, layout in half_of(half, layouts_of(len(shape)), start=SHAPES.index(shape)):
         x = lay_out(values(shape, dtype, seed=index), layout)
         mask = random_mask(NAME, x, keep=(0.6, 0.1, 0.95)[index % 3], seed=index)
         residual = torch.where(mask, values(shape, dtype, seed=1), math.inf)

@@ -72,3 +72,12 @@ def test_the_real_fashion_mnist_has_its_ten_classes():
     data = load("fashion-mnist")
     assert data.train_x.shape[1:] == (1, 28, 28)
     assert data.train_y.unique().tolist() == list(range(10))
+
+
+def test_generated_data_is_standard_normal_and_always_the_same():
+    data = load("generated")
+    assert data.train_x.shape == (1024, 1, 8, 8)
+    # 65,536 values: their mean has a standard error of 0.004, their std one of 0.003.
+    assert data.train_x.mean().item() == pytest.approx(0, abs=0.02)
+    assert data.train_x.std().item() == pytest.approx(1, abs=0.015)
+    assert torch.equal(load("generated").test_x, data.test_x)

@@ -158,3 +158,13 @@ def test_impossible_arguments_are_refused_before_anything_is_written(tmp_path, a
     with pytest.raises(ValueError, match=message):
         run(toy.make(), out=tmp_path, **argument)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_experiment_uses_its_own_data_and_no_other(tmp_path):
+    experiment = toy.make()
+    experiment.data = ("generated",)
+    assert run(experiment, out=tmp_path).data.name == "generated"
+    with pytest.raises(
+        ValueError, match=r"data must be one of generated\. Got data='digits' for toy"
+    ):
+        run(experiment, data="digits", out=tmp_path)

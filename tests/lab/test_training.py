@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from normally.lab.data import load
+from normally.lab.networks import lenet
 from normally.lab.training import (
     evaluate,
     evaluate_with_batch_statistics,
-    lenet,
+    fit,
     one_thread,
     train_epoch,
 )
@@ -19,26 +20,9 @@ def data():
     return load("digits")
 
 
-@pytest.mark.parametrize("image_size", [8, 28])
-def test_both_forms_start_from_the_same_weights(image_size):
-    torch.manual_seed(0)
-    plain = lenet(image_size, norm=False)
-    torch.manual_seed(0)
-    norm = lenet(image_size, norm=True)
-    pairs = [
-        (a, b) for a, b in zip(plain, norm, strict=True) if isinstance(a, nn.Conv2d | nn.Linear)
-    ]
-    assert len(pairs) == 5
-    for a, b in pairs:
-        assert torch.equal(a.weight, b.weight)
-        assert torch.equal(a.bias, b.bias)
-    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norm) == 4
-    assert plain(torch.randn(2, 1, image_size, image_size)).shape == (2, 10)
-
-
 def test_training_lowers_the_loss(data):
     torch.manual_seed(0)
-    model = lenet(8, norm=True)
+    model = lenet(8, norm="batch")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     first = train_epoch(model, optimizer, data, 64)
     assert train_epoch(model, optimizer, data, 64) < first
@@ -46,7 +30,7 @@ def test_training_lowers_the_loss(data):
 
 
 def test_a_loss_that_is_not_finite_ends_the_epoch(data):
-    model = lenet(8, norm=False)
+    model = lenet(8, norm="none")
     model[0].weight.data.fill_(float("nan"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert train_epoch(model, optimizer, data, 64) == float("inf")
@@ -54,7 +38,7 @@ def test_a_loss_that_is_not_finite_ends_the_epoch(data):
 
 def test_evaluation_with_batch_statistics_leaves_the_model_alone(data):
     torch.manual_seed(0)
-    model = lenet(8, norm=True).eval()
+    model = lenet(8, norm="batch").eval()
     before = copy.deepcopy(model.state_dict())
     score = evaluate_with_batch_statistics(model, data.test_x, data.test_y, 360)
     assert not model.training
@@ -74,3 +58,26 @@ def test_one_thread_is_undone_after_an_error():
     with pytest.raises(RuntimeError), one_thread():
         torch.ones(2) @ torch.ones(3)
     assert torch.get_num_threads() == before
+
+
+def test_fit_is_the_same_for_the_same_seed_and_counts_its_epochs(data):
+    def once(batch_statistics=False):
+        torch.manual_seed(3)
+        model = lenet(8, norm="batch")
+        options = {"lr": 0.3, "epochs": range(2), "batch_size": 256}
+        return fit(model, data, **options, batch_statistics=batch_statistics)
+
+    first = once()
+    assert first == once()
+    assert first["batch_loss"] == []
+    with_batches = once(batch_statistics=True)
+    assert with_batches["test_loss"] == first["test_loss"]
+    assert [len(values) for values in with_batches.values()] == [2] * 5
+
+
+def test_a_run_that_diverges_keeps_its_length(data):
+    model = lenet(8, norm="none")
+    model[0].weight.data.fill_(float("nan"))
+    record = fit(model, data, lr=0.1, epochs=range(3), batch_size=256)
+    assert record["train_loss"] == [float("inf")] * 3
+    assert len(record["test_accuracy"]) == 3

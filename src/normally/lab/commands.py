@@ -18,7 +18,10 @@ app = typer.Typer(help="Experiments on what is claimed about normalization.", no
 _STYLES = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
 
 Names = Annotated[list[str] | None, typer.Argument(help="Experiments; see `normally lab list`.")]
-Data = Annotated[str, typer.Option(help=f"Data set: {', '.join(data_module.NAMES)}.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help=f"Data set: {', '.join(data_module.NAMES)}; default: each experiment's own."),
+]
 Budget = Annotated[str, typer.Option(help="quick: minutes. full: more seeds and epochs.")]
 Seeds = Annotated[int | None, typer.Option(help="Number of seeds; default: the budget's.", min=1)]
 Out = Annotated[Path, typer.Option(help="Folder of all results.")]
@@ -29,9 +32,10 @@ def list_() -> None:
     """The experiments and their claims."""
     table = Table(box=None, pad_edge=False)
     table.add_column("experiment", style="bold", no_wrap=True)
+    table.add_column("data", no_wrap=True)
     table.add_column("claim")
     for experiment in registry.experiments().values():
-        table.add_row(experiment.name, experiment.claim)
+        table.add_row(experiment.name, " ".join(experiment.data), experiment.claim)
     _console().print(table)
 
 
@@ -39,7 +43,7 @@ def list_() -> None:
 def run(
     names: Names = None,
     all_: Annotated[bool, typer.Option("--all", help="Every experiment.")] = False,
-    data: Data = "digits",
+    data: Data = None,
     budget: Budget = "quick",
     seeds: Seeds = None,
     out: Out = Path("runs"),
@@ -107,12 +111,13 @@ def _chosen(names: list[str] | None, all_: bool) -> list[Experiment]:
         raise typer.BadParameter(str(error)) from None
 
 
-def _check(data: str, budget: str, chosen: list[Experiment]) -> None:
+def _check(data: str | None, budget: str, chosen: list[Experiment]) -> None:
     """Say what is wrong before the first run, not after the third experiment."""
     try:
-        data_module.load(data)
         for experiment in chosen:
             engine.plan(experiment, budget, None)
+        for name in sorted({engine.chosen_data(experiment, data) for experiment in chosen}):
+            data_module.load(name)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""The data sets: scikit-learn's digits, always there, and Fashion-MNIST from a local folder."""
+"""The data sets: scikit-learn's digits, Fashion-MNIST from a local folder, generated noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = ("digits", "fashion-mnist")
+NAMES = ("digits", "fashion-mnist", "generated")
 _FILES = {
     "train_x": "train-images-idx3-ubyte.gz",
     "train_y": "train-labels-idx1-ubyte.gz",
@@ -44,6 +44,8 @@ def load(name: str) -> Dataset:
         return _digits()
     if name == "fashion-mnist":
         return _fashion_mnist()
+    if name == "generated":
+        return _generated()
     raise ValueError(f"lab: data must be one of {', '.join(NAMES)}. Got data={name!r}.")
 
 
@@ -60,6 +62,18 @@ def _digits() -> Dataset:
         "1,437 to train, 360 to test (one fixed stratified split)"
     )
     return _dataset("digits", description, *parts)
+
+
+def _generated() -> Dataset:
+    """What the arithmetic of signals in random networks assumes: independent, mean 0, std 1."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(n, 1, 8, 8, generator=generator) for n in (1024, 256)]
+    labels = [torch.randint(10, (n,), generator=generator) for n in (1024, 256)]
+    description = (
+        "Generated: 1,024 and 256 images of 8×8 independent standard normal values, labels drawn "
+        "at random; there is nothing to learn"
+    )
+    return Dataset("generated", description, images[0], labels[0], images[1], labels[1])
 
 
 def _fashion_mnist() -> Dataset:

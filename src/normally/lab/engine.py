@@ -27,7 +27,7 @@ from .verdict import Verdict
 def run(
     experiment: Experiment,
     *,
-    data: str = "digits",
+    data: str | None = None,
     budget: str = "quick",
     seeds: int | None = None,
     out: str | Path = "runs",
@@ -39,7 +39,7 @@ def run(
 
     Args:
         experiment: what to run.
-        data: a name in `lab.data.NAMES`.
+        data: one of the experiment's data sets; None takes its first.
         budget: one of the experiment's budgets.
         seeds: how many; None takes the budget's number.
         out: the folder of all results.
@@ -48,7 +48,7 @@ def run(
     Raises:
         ValueError: if data, budget or seeds is not possible.
     """
-    settings = plan(experiment, budget, seeds)
+    settings, data = plan(experiment, budget, seeds), chosen_data(experiment, data)
     dataset = data_module.load(data)
     store = _store(experiment, data, budget, settings, Path(out))
     grid = [(variant, seed) for seed in range(settings["seeds"]) for variant in experiment.variants]
@@ -74,13 +74,13 @@ def run(
 def recorded(
     experiment: Experiment,
     *,
-    data: str = "digits",
+    data: str | None = None,
     budget: str = "quick",
     seeds: int | None = None,
     out: str | Path = "runs",
 ) -> Results:
     """The runs on disk, without measuring; arguments as in `run`."""
-    settings = plan(experiment, budget, seeds)
+    settings, data = plan(experiment, budget, seeds), chosen_data(experiment, data)
     store = _store(experiment, data, budget, settings, Path(out))
     found = {
         int(path.stem.rpartition("-seed")[2]) for path in store.folder.glob("runs/*-seed*.json")
@@ -133,6 +133,17 @@ def plan(experiment: Experiment, budget: str, seeds: int | None) -> dict[str, An
     if settings["seeds"] < 1:
         raise ValueError(f"lab: seeds must be 1 or more. Got seeds={settings['seeds']}.")
     return settings
+
+
+def chosen_data(experiment: Experiment, data: str | None) -> str:
+    """The data set's name, the experiment's first for None; ValueError if it may not use it."""
+    name = experiment.data[0] if data is None else data
+    if name not in experiment.data:
+        raise ValueError(
+            f"lab: data must be one of {', '.join(experiment.data)}. "
+            f"Got data={name!r} for {experiment.name}."
+        )
+    return name
 
 
 def _folder(experiment: Experiment, data: str, budget: str, out: Path) -> Path:

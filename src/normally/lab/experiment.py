@@ -69,6 +69,7 @@ class Experiment:
         thresholds: what makes the verdict, a line each.
         variants: the sides that are compared; each is run with every seed.
         budgets: for "quick" and "full" at least `seeds`, and what `measure` asks for.
+        data: the data sets it may use, of `lab.data.NAMES`; the first is taken by default.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Experiment:
     thresholds: Sequence[str]
     variants: Sequence[str]
     budgets: Mapping[str, Mapping[str, Any]]
+    data: Sequence[str] = ("digits", "fashion-mnist")
     measure: Callable[[Run], Record] = field(init=False, repr=False)
     judge: Callable[[Results], Verdict] = field(init=False, repr=False)
     present: Callable[[Results], tuple[Sequence[Card], Sequence[Section]]] = field(

@@ -1,10 +1,10 @@
-"""The small network of the experiments and its training loop."""
+"""The training loop of the experiments."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,49 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import normally.nn
 from normally.lab.data import Dataset
-
-
-def lenet(image_size: int, *, norm: bool, classes: int = 10) -> nn.Sequential:
-    """LeNet (LeCun et al. 1998) with ReLU, with or without batch normalization.
-
-    Convolution and linear layers are drawn as He et al. 2015 do for ReLU, biases are 0. Batch
-    normalization draws nothing: from the same seed both forms start with the same weights. The
-    biases in front of it stay for that reason; they cancel.
-
-    Args:
-        image_size: height and width of the grey images, divisible by 4.
-        norm: put `normally.nn.BatchNorm` with fused ReLU in place of each ReLU.
-        classes: number of outputs.
-    """
-
-    def activation(
-        features: int, kind: type[normally.nn.BatchNorm1d] | type[normally.nn.BatchNorm2d]
-    ) -> nn.Module:
-        return kind(features, act="relu") if norm else nn.ReLU()
-
-    flat = 16 * (image_size // 4) ** 2
-    batch_norm_1d, batch_norm_2d = normally.nn.BatchNorm1d, normally.nn.BatchNorm2d
-    model = nn.Sequential(
-        nn.Conv2d(1, 6, 5, padding=2),
-        activation(6, batch_norm_2d),
-        nn.AvgPool2d(2),
-        nn.Conv2d(6, 16, 5, padding=2),
-        activation(16, batch_norm_2d),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(flat, 120),
-        activation(120, batch_norm_1d),
-        nn.Linear(120, 84),
-        activation(84, batch_norm_1d),
-        nn.Linear(84, classes),
-    )
-    for layer in model:
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return model
 
 
 @contextmanager
@@ -88,6 +46,47 @@ def train_epoch(
         optimizer.step()
         losses.append(loss.item())
     return math.fsum(losses) / len(losses)
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    lr: float,
+    epochs: Iterable[int],
+    batch_size: int,
+    batch_statistics: bool = False,
+) -> dict[str, list[float]]:
+    """Train with plain SGD and score the test images after every epoch.
+
+    A loss that stops being finite ends its epoch, not the run: the record keeps its length, with
+    an infinite training loss.
+
+    Args:
+        model: trained in place.
+        data: what it learns and is tested on.
+        lr: constant.
+        epochs: `range(n)`, or `run.epochs()`, which moves the progress bar.
+        batch_size: of the training, and of the test batches below.
+        batch_statistics: score also with the statistics of each test batch.
+
+    Returns:
+        A list with a value an epoch: "train_loss", "test_loss", "test_accuracy", "batch_loss",
+        "batch_accuracy"; the last two are empty without `batch_statistics`.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    keys = ("train_loss", "test_loss", "test_accuracy", "batch_loss", "batch_accuracy")
+    record: dict[str, list[float]] = {key: [] for key in keys}
+    for _ in epochs:
+        record["train_loss"].append(train_epoch(model, optimizer, data, batch_size))
+        score = evaluate(model, data.test_x, data.test_y)
+        record["test_loss"].append(score.loss)
+        record["test_accuracy"].append(score.accuracy)
+        if batch_statistics:
+            score = evaluate_with_batch_statistics(model, data.test_x, data.test_y, batch_size)
+            record["batch_loss"].append(score.loss)
+            record["batch_accuracy"].append(score.accuracy)
+    return record
 
 
 @dataclass(frozen=True)

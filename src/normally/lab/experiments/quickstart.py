@@ -11,24 +11,16 @@ demonstration, not of a test fixed in advance.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 from torch import nn
 
 from normally import report
 from normally.lab import speed
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
+from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import (
-    evaluate,
-    evaluate_with_batch_statistics,
-    lenet,
-    one_thread,
-    train_epoch,
-)
+from normally.lab.training import fit, one_thread
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 SMALL, MIDDLE, LARGE = 0.03, 0.3, 2.0
@@ -92,27 +84,15 @@ def measure(run: Run) -> Record:
 
 def _train(run: Run) -> Record:
     side, _, rate = run.variant.partition("-lr")
-    batch_size = run.budget["batch_size"]
-    model = lenet(run.data.train_x.shape[-1], norm=side == "norm")
-    optimizer = torch.optim.SGD(model.parameters(), lr=float(rate))
-    record: dict[str, list[Any]] = {
-        "train_loss": [],
-        "test_loss": [],
-        "test_accuracy": [],
-        "batch_loss": [],
-        "batch_accuracy": [],
-    }
-    for _ in run.epochs():
-        record["train_loss"].append(train_epoch(model, optimizer, run.data, batch_size))
-        score = evaluate(model, run.data.test_x, run.data.test_y)
-        record["test_loss"].append(score.loss)
-        record["test_accuracy"].append(score.accuracy)
-        if side == "norm":
-            score = evaluate_with_batch_statistics(
-                model, run.data.test_x, run.data.test_y, batch_size
-            )
-            record["batch_loss"].append(score.loss)
-            record["batch_accuracy"].append(score.accuracy)
+    model = lenet(run.data.train_x.shape[-1], norm="batch" if side == "norm" else "none")
+    record = fit(
+        model,
+        run.data,
+        lr=float(rate),
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+        batch_statistics=side == "norm",
+    )
     norms = [m for m in model if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return {
         **record,

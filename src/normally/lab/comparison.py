@@ -1,0 +1,90 @@
+"""The section that experiments on training share: curves of all sides, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import report
+from .experiment import Results
+from .figures import curves
+from .page import number
+
+
+@dataclass(frozen=True)
+class Side:
+    """A variant as it is drawn and named."""
+
+    variant: str
+    label: str
+    color: str
+    dashed: bool = False
+
+
+def final_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list[float]:
+    """Test accuracy after the last epoch in percent, by seed."""
+    return [100 * row[-1] for row in results.get(variant, "test_accuracy", seeds)]
+
+
+def section(
+    results: Results, title: str, text: str, panels: Sequence[tuple[str, Sequence[Side]]]
+) -> report.Section:
+    """Test accuracy by epoch, a panel each, and a table of all sides.
+
+    Args:
+        results: with what `training.fit` records.
+        title: of the section.
+        text: its first paragraph.
+        panels: for each its title and its sides; sides of one label share colour and dashes.
+    """
+    epochs = range(1, results.budget["epochs"] + 1)
+    sides = [side for _, group in panels for side in group]
+    seeds = results.seeds(*(side.variant for side in sides))
+    canvases = []
+    for heading, group in panels:
+        canvas, axes = report.panel("epoch", "test accuracy (%)", heading)
+        axes.set(ylim=(0, 103), xlim=(1, max(len(epochs), 2)))
+        for side in group:
+            rows = results.get(side.variant, "test_accuracy", seeds)
+            lines = [[100 * value for value in row] for row in rows]
+            curves(axes, epochs, lines, side.color, dashed=side.dashed)
+        canvases.append(canvas)
+    keys = list(dict.fromkeys(report.Key(s.label, s.color, s.dashed) for s in sides))
+    rows = [
+        [heading, side.label, *_outcome(results, side.variant, seeds)]
+        for heading, group in panels
+        for side in group
+    ]
+    return report.Section(
+        title,
+        [
+            text,
+            report.Figure(
+                "training-curves",
+                canvases,
+                f"Line: median of {len(seeds)} seeds; band: from the lowest to the highest.",
+                keys,
+            ),
+            report.Table(
+                ["", "side", "test accuracy", "lowest – highest", "training loss", "diverged"],
+                rows,
+                "Medians over seeds after the last epoch; loss in nats. A seed has diverged when "
+                "its loss stopped being finite.",
+                text_columns=2,
+            ),
+        ],
+    )
+
+
+def _outcome(results: Results, variant: str, seeds: Sequence[int]) -> list[str]:
+    accuracy = final_accuracy(results, variant, seeds)
+    losses = [row[-1] for row in results.get(variant, "train_loss", seeds)]
+    loss = float(np.median([np.inf if value is None else value for value in losses]))
+    return [
+        f"{np.median(accuracy):.1f} %",
+        f"{min(accuracy):.1f} – {max(accuracy):.1f} %",
+        "infinite" if np.isinf(loss) else number(loss),
+        f"{losses.count(None)} of {len(losses)}",
+    ]
