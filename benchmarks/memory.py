@@ -7,7 +7,9 @@ torchvision's architecture with random weights, float32; a step is forward, cros
 and SGD with momentum. Every contender has a fresh process for
 
 - the losses of the first ten steps, compared bit by bit,
-- the process's peak memory in them (VmHWM) less what it held before the first,
+- the process's peak memory in them (VmHWM) less what it held before the first: gradients and
+  momentum, and what the allocator keeps for itself, are in it. glibc's keeps freed blocks of less
+  than 32 MB; under MALLOC_MMAP_THRESHOLD_=1048576 it gives them back,
 - a step's peak of what the allocator's events say is allocated, less what was there before. The
   gradients of the parameters are there before, so these are activations, their gradients and
   scratch. `gradients_born` is the same where a step allocates those gradients as well.
