@@ -149,7 +149,8 @@ def batch_norm(
     if peers is not None and training:
         output = _run_together(checked(call, alone=False), peers)
     elif _is_plain(call):
-        if not _checks_in_passing(call):
+        if call.memory_efficient or not _checks_in_passing(call):
+            # A memory-efficient call may also raise behind the kernel, and is not tried again.
             output = _run_eagerly(checked(call))
         else:
             try:

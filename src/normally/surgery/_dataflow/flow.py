@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from ...nn._origin import family
-from .._counterparts import COUNTERPARTS, OURS
-from .._foreign import Converted, ConvertedBatchNorm
+from .._counterparts import COUNTERPARTS
+from .._norms import is_ours
 from . import activations
 from .calls import Calls, Pattern
 from .hooks import has_hooks
@@ -93,9 +93,7 @@ def join(path: str, name: str) -> str:
 
 def is_norm(module: torch.nn.Module) -> bool:
     """Whether it is a normalization layer of torch, of ours, or converted."""
-    if isinstance(module, (*OURS, Converted, ConvertedBatchNorm)):
-        return True
-    return family(type(module), tuple(COUNTERPARTS)) is not None
+    return is_ours(module) or family(type(module), tuple(COUNTERPARTS)) is not None
 
 
 def classify(module: torch.nn.Module, path: str) -> Op:
