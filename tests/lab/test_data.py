@@ -81,3 +81,11 @@ def test_generated_data_is_standard_normal_and_always_the_same():
     assert data.train_x.mean().item() == pytest.approx(0, abs=0.02)
     assert data.train_x.std().item() == pytest.approx(1, abs=0.015)
     assert torch.equal(load("generated").test_x, data.test_x)
+
+
+def test_the_first_images_keep_their_labels_and_their_scale():
+    data = load("digits")
+    part = data.first(10, 5000)
+    assert torch.equal(part.train_x, data.train_x[:10])
+    assert torch.equal(part.train_y, data.train_y[:10])
+    assert len(part.test_x) == len(part.test_y) == 360

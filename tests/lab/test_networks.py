@@ -76,3 +76,12 @@ def test_mlp_has_its_widths():
     model = mlp(64, [32, 16], norm="batch")
     assert norms(model) == [BatchNorm1d, BatchNorm1d]
     assert model(torch.randn(4, 1, 8, 8)).shape == (4, 10)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+def test_other_activations_stand_behind_their_norm(activation):
+    model = lenet(8, activation=activation)
+    assert [type(m).__name__.lower() for m in model[1:3]] == ["batchnorm2d", activation]
+    behind = lenet(8, activation=activation, after_activation=True)
+    assert [type(m).__name__.lower() for m in behind[1:3]] == [activation, "batchnorm2d"]
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 10)

@@ -25,7 +25,7 @@ def test_training_lowers_the_loss(data):
     model = lenet(8, norm="batch")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     first = train_epoch(model, optimizer, data, 64)
-    assert train_epoch(model, optimizer, data, 64) < first
+    assert train_epoch(model, optimizer, data, 64).loss < first.loss
     assert evaluate(model, data.test_x, data.test_y).accuracy > 0.5
 
 
@@ -33,7 +33,7 @@ def test_a_loss_that_is_not_finite_ends_the_epoch(data):
     model = lenet(8, norm="none")
     model[0].weight.data.fill_(float("nan"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert train_epoch(model, optimizer, data, 64) == float("inf")
+    assert train_epoch(model, optimizer, data, 64).loss == float("inf")
 
 
 def test_evaluation_with_batch_statistics_leaves_the_model_alone(data):
@@ -72,7 +72,7 @@ def test_fit_is_the_same_for_the_same_seed_and_counts_its_epochs(data):
     assert first["batch_loss"] == []
     with_batches = once(batch_statistics=True)
     assert with_batches["test_loss"] == first["test_loss"]
-    assert [len(values) for values in with_batches.values()] == [2] * 5
+    assert [len(values) for values in with_batches.values()] == [2] * 6
 
 
 def test_a_run_that_diverges_keeps_its_length(data):
@@ -81,3 +81,10 @@ def test_a_run_that_diverges_keeps_its_length(data):
     record = fit(model, data, lr=0.1, epochs=range(3), batch_size=256)
     assert record["train_loss"] == [float("inf")] * 3
     assert len(record["test_accuracy"]) == 3
+
+
+def test_the_loss_before_the_update_and_the_accuracy_on_the_way_are_recorded(data):
+    torch.manual_seed(0)
+    model = lenet(8, norm="batch")
+    record = fit(model, data, lr=0.3, epochs=range(2), batch_size=64, momentum=0.5)
+    assert 0 < record["train_accuracy"][0] < record["train_accuracy"][1] <= 1

@@ -28,6 +28,30 @@ def final_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list
     return [100 * row[-1] for row in results.get(variant, "test_accuracy", seeds)]
 
 
+def tuned(
+    results: Results, variants: Sequence[str], seeds: Sequence[int]
+) -> tuple[list[str], list[float]]:
+    """For each seed the variant that did best with the *other* seeds, and its final accuracy.
+
+    So a side may choose its learning rate from a grid without being judged by what it was chosen
+    for. With one seed alone the choice is its own.
+
+    Args:
+        results: with what `training.fit` records.
+        variants: the same side at each learning rate.
+        seeds: for which all variants are there.
+    """
+    table = np.array([final_accuracy(results, variant, seeds) for variant in variants])
+    table = table.reshape(len(variants), len(seeds))
+    chosen, accuracy = [], []
+    for column in range(len(seeds)):
+        others = np.delete(table, column, axis=1) if len(seeds) > 1 else table
+        best = int(others.mean(1).argmax())
+        chosen.append(variants[best])
+        accuracy.append(float(table[best, column]))
+    return chosen, accuracy
+
+
 def section(
     results: Results, title: str, text: str, panels: Sequence[tuple[str, Sequence[Side]]]
 ) -> report.Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,16 @@ class Dataset:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
+
+    def first(self, train: int, test: int) -> Dataset:
+        """The first images of each part, or all where there are no more; scaled as the whole."""
+        return replace(
+            self,
+            train_x=self.train_x[:train],
+            train_y=self.train_y[:train],
+            test_x=self.test_x[:test],
+            test_y=self.test_y[:test],
+        )
 
 
 def load(name: str) -> Dataset:

@@ -9,6 +9,7 @@ from torch import nn
 import normally.nn
 
 ALL = (1, 2, 3, 4)
+ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
 def lenet(
@@ -16,21 +17,23 @@ def lenet(
     *,
     norm: str = "batch",
     positions: Collection[int] = ALL,
+    activation: str = "relu",
     after_activation: bool = False,
     dropout: float = 0.0,
     bias: bool = True,
     classes: int = 10,
 ) -> nn.Sequential:
-    """LeNet (LeCun et al. 1998) with ReLU and a normalization at each of its four hidden layers.
+    """LeNet (LeCun et al. 1998) with a normalization at each of its four hidden layers.
 
-    Convolution and linear layers are drawn as He et al. 2015 do for ReLU, biases are 0. A norm
-    draws nothing: from the same seed every form starts with the same weights.
+    Convolution and linear layers are drawn as `initialize` says. A norm draws nothing: from the
+    same seed every form starts with the same weights.
 
     Args:
         image_size: height and width of the grey images, divisible by 4.
         norm: as in `block`.
         positions: the hidden layers that have it: 1 and 2 are convolutions, 3 and 4 dense.
-        after_activation: norm behind ReLU instead of in front of it.
+        activation: as in `block`.
+        after_activation: norm behind the activation instead of in front of it.
         dropout: probability of zeroing a unit behind each of the two dense hidden layers.
         bias: of the four hidden layers.
         classes: number of outputs.
@@ -39,7 +42,9 @@ def lenet(
     def hidden(position: int, features: int) -> list[nn.Module]:
         name = norm if position in positions else "none"
         dim = 2 if position <= 2 else 1
-        parts = block(name, features, dim=dim, after_activation=after_activation)
+        parts = block(
+            name, features, dim=dim, activation=activation, after_activation=after_activation
+        )
         return [*parts, nn.Dropout(dropout)] if dropout and position > 2 else parts
 
     model = nn.Sequential(
@@ -56,7 +61,7 @@ def lenet(
         *hidden(4, 84),
         nn.Linear(84, classes),
     )
-    initialize(model)
+    initialize(model, activation)
     if not bias:
         # Taken away, not left out: torch's constructors draw biases, and the weights would differ.
         for layer in [m for m in model if isinstance(m, nn.Conv2d | nn.Linear)][:-1]:
@@ -65,40 +70,58 @@ def lenet(
 
 
 def mlp(
-    features: int, widths: Sequence[int], *, norm: str = "batch", classes: int = 10
+    features: int,
+    widths: Sequence[int],
+    *,
+    norm: str = "batch",
+    activation: str = "relu",
+    classes: int = 10,
 ) -> nn.Sequential:
-    """A multilayer perceptron with ReLU; weights and norms as in `lenet`."""
+    """A multilayer perceptron; weights, norms and activations as in `lenet`."""
     parts: list[nn.Module] = [nn.Flatten()]
     for width in widths:
-        parts += [nn.Linear(features, width), *block(norm, width, dim=1)]
+        parts += [nn.Linear(features, width), *block(norm, width, dim=1, activation=activation)]
         features = width
-    return initialize(nn.Sequential(*parts, nn.Linear(features, classes)))
+    return initialize(nn.Sequential(*parts, nn.Linear(features, classes)), activation)
 
 
-def block(norm: str, features: int, *, dim: int, after_activation: bool = False) -> list[nn.Module]:
-    """A normalization and ReLU; in front of ReLU the two are one fused layer.
+def block(
+    norm: str,
+    features: int,
+    *,
+    dim: int,
+    activation: str = "relu",
+    after_activation: bool = False,
+) -> list[nn.Module]:
+    """A normalization and an activation; a norm in front of ReLU is one fused layer with it.
 
     Args:
         norm: "none" or a name that `normally.nn.create_norm` knows. "layer" of a convolution takes
             its statistics over (C, H, W) of each sample, with an affine a channel: "group:1".
         features: channels.
         dim: 1 for (N, C), 2 for (N, C, H, W).
-        after_activation: norm behind ReLU.
+        activation: "relu", "sigmoid" or "tanh".
+        after_activation: norm behind the activation.
     """
+    acts = [ACTIVATIONS[activation]()]
     if norm == "none":
-        return [nn.ReLU()]
+        return acts
     name = "group:1" if norm == "layer" and dim > 1 else norm
     options = {"dim": dim} if name == "batch" else {}
-    if after_activation:
-        return [nn.ReLU(), normally.nn.create_norm(name, features, **options)]
-    return [normally.nn.create_norm(name, features, act="relu", **options)]
+    if activation == "relu" and not after_activation:
+        return [normally.nn.create_norm(name, features, act="relu", **options)]
+    norms = [normally.nn.create_norm(name, features, **options)]
+    return [*acts, *norms] if after_activation else [*norms, *acts]
 
 
-def initialize(model: nn.Sequential) -> nn.Sequential:
-    """He et al. 2015 for ReLU; biases 0."""
+def initialize(model: nn.Sequential, activation: str = "relu") -> nn.Sequential:
+    """Weights as in He et al. 2015 for ReLU, in Glorot & Bengio 2010 for the others; biases 0."""
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if activation == "relu":
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            else:
+                nn.init.xavier_normal_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return model

@@ -26,26 +26,38 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy in nats and accuracy between 0 and 1."""
+
+    loss: float
+    accuracy: float
+
+
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, batch_size: int
-) -> float:
+) -> Score:
     """One pass over the training images in random order; the last, smaller batch is left out.
 
     Returns:
-        The mean of the training loss over the steps, in nats; infinite once it is not finite.
+        The means over the steps, each taken before its update; an infinite loss once it is not
+        finite, and the pass ends there.
     """
     model.train()
     order = torch.randperm(len(data.train_x))
-    losses = []
+    scores = []
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
-        loss = F.cross_entropy(model(data.train_x[batch]), data.train_y[batch])
-        if not torch.isfinite(loss):
-            return math.inf
+        output, target = model(data.train_x[batch]), data.train_y[batch]
+        loss = F.cross_entropy(output, target)
+        hits = (output.argmax(1) == target).float().mean().item()
+        scores.append(Score(loss.item(), hits))
+        if not math.isfinite(scores[-1].loss):
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return math.fsum(losses) / len(losses)
+    loss_sum = math.fsum(s.loss for s in scores) if math.isfinite(scores[-1].loss) else math.inf
+    return Score(loss_sum / len(scores), math.fsum(s.accuracy for s in scores) / len(scores))
 
 
 def fit(
@@ -55,9 +67,11 @@ def fit(
     lr: float,
     epochs: Iterable[int],
     batch_size: int,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
     batch_statistics: bool = False,
 ) -> dict[str, list[float]]:
-    """Train with plain SGD and score the test images after every epoch.
+    """Train with SGD and score the test images after every epoch.
 
     A loss that stops being finite ends its epoch, not the run: the record keeps its length, with
     an infinite training loss.
@@ -68,17 +82,24 @@ def fit(
         lr: constant.
         epochs: `range(n)`, or `run.epochs()`, which moves the progress bar.
         batch_size: of the training, and of the test batches below.
+        momentum: of SGD.
+        weight_decay: of all parameters, as torch's SGD does it.
         batch_statistics: score also with the statistics of each test batch.
 
     Returns:
-        A list with a value an epoch: "train_loss", "test_loss", "test_accuracy", "batch_loss",
-        "batch_accuracy"; the last two are empty without `batch_statistics`.
+        A list with a value an epoch: "train_loss" and "train_accuracy" as met on the way,
+        "test_loss", "test_accuracy", "batch_loss", "batch_accuracy"; the last two are empty without
+        `batch_statistics`.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    keys = ("train_loss", "test_loss", "test_accuracy", "batch_loss", "batch_accuracy")
-    record: dict[str, list[float]] = {key: [] for key in keys}
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
+    )
+    keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    record: dict[str, list[float]] = {key: [] for key in (*keys, "batch_loss", "batch_accuracy")}
     for _ in epochs:
-        record["train_loss"].append(train_epoch(model, optimizer, data, batch_size))
+        score = train_epoch(model, optimizer, data, batch_size)
+        record["train_loss"].append(score.loss)
+        record["train_accuracy"].append(score.accuracy)
         score = evaluate(model, data.test_x, data.test_y)
         record["test_loss"].append(score.loss)
         record["test_accuracy"].append(score.accuracy)
@@ -87,14 +108,6 @@ def fit(
             record["batch_loss"].append(score.loss)
             record["batch_accuracy"].append(score.accuracy)
     return record
-
-
-@dataclass(frozen=True)
-class Score:
-    """Mean cross-entropy in nats and accuracy between 0 and 1."""
-
-    loss: float
-    accuracy: float
 
 
 @torch.no_grad()
