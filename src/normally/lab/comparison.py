@@ -41,15 +41,22 @@ def tuned(
         variants: the same side at each learning rate.
         seeds: for which all variants are there.
     """
-    table = np.array([final_accuracy(results, variant, seeds) for variant in variants])
-    table = table.reshape(len(variants), len(seeds))
-    chosen, accuracy = [], []
-    for column in range(len(seeds)):
-        others = np.delete(table, column, axis=1) if len(seeds) > 1 else table
-        best = int(others.mean(1).argmax())
-        chosen.append(variants[best])
-        accuracy.append(float(table[best, column]))
-    return chosen, accuracy
+    table = [final_accuracy(results, variant, seeds) for variant in variants]
+    rows = choose(table)
+    return [variants[row] for row in rows], [table[r][column] for column, r in enumerate(rows)]
+
+
+def choose(table: Sequence[Sequence[float]]) -> list[int]:
+    """For each column the row with the largest mean over the other columns.
+
+    >>> choose([[9, 5, 5], [6, 6, 6]])
+    [1, 0, 0]
+    """
+    values = np.array(table, dtype=np.float64)
+    columns = range(values.shape[1])
+    if len(columns) == 1:
+        return [int(values.argmax())]
+    return [int(np.delete(values, column, axis=1).mean(1).argmax()) for column in columns]
 
 
 def section(
