@@ -43,13 +43,21 @@ def tuned(
     """
     table = np.array([final_accuracy(results, variant, seeds) for variant in variants])
     table = table.reshape(len(variants), len(seeds))
-    chosen, accuracy = [], []
-    for column in range(len(seeds)):
-        others = np.delete(table, column, axis=1) if len(seeds) > 1 else table
-        best = int(others.mean(1).argmax())
-        chosen.append(variants[best])
-        accuracy.append(float(table[best, column]))
-    return chosen, accuracy
+    rows = chosen_by_others(table)
+    return [variants[row] for row in rows], [
+        float(table[row, column]) for column, row in enumerate(rows)
+    ]
+
+
+def chosen_by_others(scores: np.ndarray) -> list[int]:
+    """For each column (a seed) the row whose mean over the other columns is highest.
+
+    >>> chosen_by_others(np.array([[9, 5, 5], [6, 6, 6]]))
+    [1, 0, 0]
+    """
+    columns = range(scores.shape[1])
+    others = [np.delete(scores, c, axis=1) if len(columns) > 1 else scores for c in columns]
+    return [int(table.mean(1).argmax()) for table in others]
 
 
 def section(
