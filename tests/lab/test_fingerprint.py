@@ -7,8 +7,16 @@ from normally.lab.fingerprint import fingerprint
 RATE = 0.1
 
 
+def made():
+    """A new function at a new address each time, as each process has it."""
+    return lambda x: x
+
+
+MAKERS = {"a": made()}
+
+
 def helper(x):
-    return x * RATE
+    return MAKERS["a"](x) * RATE
 
 
 def measure(run):
@@ -21,6 +29,15 @@ def measure(run):
 def test_it_is_stable_and_takes_no_notice_of_the_number_of_seeds():
     one = fingerprint(measure, "digits", {"seeds": 3, "epochs": 2})
     assert one == fingerprint(measure, "digits", {"epochs": 2, "seeds": 9})
+
+
+def test_the_address_of_a_function_in_a_container_does_not_count(monkeypatch):
+    before, first = fingerprint(measure, "digits", {}), MAKERS["a"]
+    monkeypatch.setitem(globals(), "MAKERS", {"a": made()})
+    assert MAKERS["a"] is not first
+    assert fingerprint(measure, "digits", {}) == before
+    monkeypatch.setitem(globals(), "MAKERS", {"b": made()})
+    assert fingerprint(measure, "digits", {}) != before
 
 
 @pytest.mark.parametrize("name", ["RATE", "helper"])
