@@ -310,7 +310,7 @@ def _backward(results: Results, seeds: list[int]) -> report.Section:
         axes.set(yscale="log", ylim=(0.1, 100))
         if title == "With ReLU":
             theory = [THEORY ** (depth - layer) for layer in layers]
-            axes.plot(layers, theory, color=report.GREY, linewidth=4, alpha=0.5)
+            axes.plot(layers, theory, color=report.GREY, linewidth=8, alpha=0.35)
         for network, color, dashed in group:
             rows = _rows(results, network, "gradient", width, seeds, last=True)
             curves(axes, layers, rows, color, dashed=dashed)
