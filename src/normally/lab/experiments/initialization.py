@@ -223,8 +223,8 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
                     "scales",
                     canvases,
                     f"Line: median of {len(seeds)} seeds; band: from the lowest to the highest. "
-                    "10 % is chance. Right: whether another learning rate of the grid makes up for a "
-                    "wrong scale.",
+                    "10 % is chance. Right: whether another learning rate of the grid makes up for "
+                    "a wrong scale.",
                     [report.Key(label, c, side == "plain") for side, (label, c) in SIDES.items()],
                     columns=2,
                 ),
