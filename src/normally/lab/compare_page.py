@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import report
-from .comparison import choose, tuned
+from .comparison import chosen_by_others, tuned
 from .experiment import Results
 from .page import interval, number
 from .verdict import Criterion, Effect, Status, Verdict, paired_effect
@@ -130,7 +130,7 @@ def _gain(results: Results, size: int) -> tuple[Effect, str]:
     first, *others = _norms(results)
     _, own = _scores(results, first, size)
     table = [_scores(results, norm, size)[1] for norm in others]
-    rows = choose(table)
+    rows = chosen_by_others(np.array(table))
     best = [table[row][column] for column, row in enumerate(rows)]
     name = f"best of the others − {first}, batch size {size}"
     return paired_effect(name, best, own, "points"), others[max(set(rows), key=rows.count)]

@@ -41,22 +41,23 @@ def tuned(
         variants: the same side at each learning rate.
         seeds: for which all variants are there.
     """
-    table = [final_accuracy(results, variant, seeds) for variant in variants]
-    rows = choose(table)
-    return [variants[row] for row in rows], [table[r][column] for column, r in enumerate(rows)]
+    table = np.array([final_accuracy(results, variant, seeds) for variant in variants])
+    table = table.reshape(len(variants), len(seeds))
+    rows = chosen_by_others(table)
+    return [variants[row] for row in rows], [
+        float(table[row, column]) for column, row in enumerate(rows)
+    ]
 
 
-def choose(table: Sequence[Sequence[float]]) -> list[int]:
-    """For each column the row with the largest mean over the other columns.
+def chosen_by_others(scores: np.ndarray) -> list[int]:
+    """For each column (a seed) the row whose mean over the other columns is highest.
 
-    >>> choose([[9, 5, 5], [6, 6, 6]])
+    >>> chosen_by_others(np.array([[9, 5, 5], [6, 6, 6]]))
     [1, 0, 0]
     """
-    values = np.array(table, dtype=np.float64)
-    columns = range(values.shape[1])
-    if len(columns) == 1:
-        return [int(values.argmax())]
-    return [int(np.delete(values, column, axis=1).mean(1).argmax()) for column in columns]
+    columns = range(scores.shape[1])
+    others = [np.delete(scores, c, axis=1) if len(columns) > 1 else scores for c in columns]
+    return [int(table.mean(1).argmax()) for table in others]
 
 
 def section(
