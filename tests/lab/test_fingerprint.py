@@ -46,6 +46,14 @@ def test_what_only_shows_does_not_count(monkeypatch):
     assert fingerprint(quickstart.measure, "digits", {}) == before
 
 
+def test_a_table_of_functions_counts_the_same_in_every_process(monkeypatch):
+    made = []
+    for keep in ([], [object() for _ in range(9)]):  # another address for what comes after
+        monkeypatch.setitem(globals(), "RATE", {"a": lambda: keep, "b": helper})
+        made.append(fingerprint(measure, "digits", {}))
+    assert made[0] == made[1]
+
+
 def test_data_and_settings_count():
     made = {
         fingerprint(measure, data, {"epochs": epochs})

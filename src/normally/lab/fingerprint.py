@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -45,7 +46,8 @@ def _reached(thing: Any, seen: set[int]) -> Iterator[str]:
         for name in names:
             used = place.get(name)
             if isinstance(used, bool | int | float | str | tuple | list | dict):
-                yield f"{name}={used!r}"
+                # A table of functions prints their addresses, which differ in each process.
+                yield re.sub(r" at 0x[0-9a-f]+", "", f"{name}={used!r}")
             elif isinstance(used, FunctionType | type) and _package(used) == package:
                 yield from _reached(used, seen)
 
