@@ -77,7 +77,7 @@ def test_it_runs_judges_and_makes_a_page(tmp_path, monkeypatch):
     experiment = find("landscape")
     results = run(experiment, out=tmp_path)
     _, page = conclude(experiment, results, out=tmp_path)
-    assert page.read_text("utf-8").count("<figure>") == 4
+    assert page.read_text("utf-8").count("<figure>") == 3
     result = read_json(page.parent / "result.json")
     assert result["verdict"]["status"] == "inconclusive"  # one seed decides nothing
     assert len(result["verdict"]["criteria"]) == 7

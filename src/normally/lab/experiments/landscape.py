@@ -108,6 +108,10 @@ EXPERIMENT = Experiment(
 )
 
 
+# By side, the variant whose rate it takes for each seed.
+Chosen = dict[str, list[str]]
+
+
 @EXPERIMENT.measures
 def measure(run: Run) -> Record:
     """Train, and look along the gradient every few steps."""
@@ -175,8 +179,7 @@ def _finite(value: float | None) -> float:
 def _same(results: Results) -> dict[str, Effect]:
     """Plain / norm of each measure at the same learning rate."""
     seeds = results.seeds(*EXPERIMENT.variants)
-    chosen = {side: [f"{side}-lr{SAME:g}"] * len(seeds) for side in ("plain", "norm")}
-    return _ratios(results, chosen, f"both at {SAME:g}", seeds)
+    return _ratios(results, _at_same(seeds), f"both at {SAME:g}", seeds)
 
 
 def _tuned(results: Results) -> dict[str, Effect]:
@@ -185,8 +188,11 @@ def _tuned(results: Results) -> dict[str, Effect]:
     return _ratios(results, _chosen(results, seeds), "each at its tuned rate", seeds)
 
 
-def _chosen(results: Results, seeds: Sequence[int]) -> dict[str, list[str]]:
-    """By side, the variant with the tuned rate for each seed."""
+def _at_same(seeds: Sequence[int]) -> Chosen:
+    return {side: [f"{side}-lr{SAME:g}"] * len(seeds) for side in ("plain", "norm")}
+
+
+def _chosen(results: Results, seeds: Sequence[int]) -> Chosen:
     return {
         side: comparison.tuned(results, [f"{side}-lr{rate:g}" for rate in RATES], seeds)[0]
         for side in ("plain", "norm")
@@ -194,20 +200,22 @@ def _chosen(results: Results, seeds: Sequence[int]) -> dict[str, list[str]]:
 
 
 def _ratios(
-    results: Results, chosen: dict[str, list[str]], where: str, seeds: Sequence[int]
+    results: Results, chosen: Chosen, where: str, seeds: Sequence[int]
 ) -> dict[str, Effect]:
     effects = {}
     for key, words in MEASURES.items():
-        plain, norm = (
-            [
-                _typical(results.records[variant, seed], key)
-                for variant, seed in zip(chosen[side], seeds, strict=True)
-            ]
-            for side in ("plain", "norm")
-        )
+        plain, norm = (_values(results, key, chosen[side], seeds) for side in ("plain", "norm"))
         name = f"{words}, plain / with BN, {where}"
         effects[key] = paired_effect(name, plain, norm, "×", ratio=True)
     return effects
+
+
+def _values(
+    results: Results, key: str, variants: Sequence[str], seeds: Sequence[int]
+) -> list[float]:
+    """What a run counts with, by seed."""
+    pairs = zip(variants, seeds, strict=True)
+    return [_typical(results.records[pair], key) for pair in pairs]
 
 
 def _at_equal_loss(results: Results) -> tuple[Effect, bool]:
@@ -265,7 +273,7 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
             interval(control),
         ),
     ]
-    return cards, [_way_section(results), _control_section(results), _training_section(results)]
+    return cards, [_way_section(results), _control_section(results)]
 
 
 def _way_section(results: Results) -> report.Section:
@@ -274,7 +282,7 @@ def _way_section(results: Results) -> report.Section:
     keys = [report.Key(label, color, side == "plain") for side, label, color in SIDES]
     figures = []
     for name, where, variants in (
-        ("same-rate", f"both at {SAME:g}", {s: [f"{s}-lr{SAME:g}"] * len(seeds) for s in chosen}),
+        ("same-rate", f"both at {SAME:g}", _at_same(seeds)),
         ("tuned-rates", "tuned rates", chosen),
     ):
         panels = [_panel(results, key, where, variants, seeds) for key in MEASURES]
@@ -306,7 +314,7 @@ def _way_section(results: Results) -> report.Section:
 
 
 def _panel(
-    results: Results, key: str, where: str, variants: dict[str, list[str]], seeds: Sequence[int]
+    results: Results, key: str, where: str, variants: Chosen, seeds: Sequence[int]
 ) -> Canvas:
     units = {"loss_range": "range of the loss (nats)", "beta": "effective β"}
     label = units.get(key, "change of the gradient (l2)")
@@ -328,24 +336,17 @@ def _panel(
     return canvas
 
 
-def _rows(results: Results, seeds: Sequence[int], chosen: dict[str, list[str]]) -> list[list[str]]:
-    same = {side: [f"{side}-lr{SAME:g}"] * len(seeds) for side in chosen}
+def _rows(results: Results, seeds: Sequence[int], chosen: Chosen) -> list[list[str]]:
     rows = []
     for key, words in MEASURES.items():
         for where, variants, effects in (
-            (f"both at {SAME:g}", same, _same(results)),
+            (f"both at {SAME:g}", _at_same(seeds), _same(results)),
             ("tuned rates", chosen, _tuned(results)),
         ):
-            medians = [
-                np.median(
-                    [
-                        _typical(results.records[variant, seed], key)
-                        for variant, seed in zip(variants[side], seeds, strict=True)
-                    ]
-                )
+            values = [
+                number(float(np.median(_values(results, key, variants[side], seeds))))
                 for side in ("norm", "plain")
             ]
-            values = [number(float(median)) for median in medians]
             rows.append([words, where, *values, number(effects[key].estimate, "×")])
     return rows
 
@@ -379,10 +380,13 @@ def _control_section(results: Results) -> report.Section:
                 "steps.",
             ),
             report.Table(
-                ["learning rate", *(label for _, label, _ in SIDES), "ratio"],
+                [
+                    "learning rate",
+                    *(f"{what}, {label}" for what in ("β", "accuracy") for _, label, _ in SIDES),
+                ],
                 rates,
-                "Median β over steps, then over seeds, and their ratio; no threshold rests on the "
-                "rates as such.",
+                "Median β over steps, then over seeds; beside it the median test accuracy after "
+                "the last epoch, which tunes the rates.",
             ),
         ],
     )
@@ -411,21 +415,21 @@ def _by_rate_panel(results: Results, seeds: Sequence[int]) -> tuple[Canvas, list
     canvas, axes = report.panel("learning rate", "effective β", "At each learning rate")
     axes.set(xscale="log", yscale="log")
     axes.plot(RATES, [2 / rate for rate in RATES], ":", color=report.GREY)
-    medians = {}
+    rows = [[f"{rate:g}"] for rate in RATES]
     for side, _, color in SIDES:
-        groups = [
-            [_typical(results.records[f"{side}-lr{rate:g}", seed], "beta") for seed in seeds]
-            for rate in RATES
-        ]
-        medians[side] = [float(np.median(group)) for group in groups]
+        variants = [f"{side}-lr{rate:g}" for rate in RATES]
+        groups = [[_typical(results.records[v, seed], "beta") for seed in seeds] for v in variants]
+        for row, group in zip(rows, groups, strict=True):
+            row.append(number(float(np.median(group))))
         _band(axes, RATES, groups, color, dashed=side == "plain")
+    for side, _, _ in SIDES:
+        for row, rate in zip(rows, RATES, strict=True):
+            accuracy = comparison.final_accuracy(results, f"{side}-lr{rate:g}", seeds)
+            row.append(f"{np.median(accuracy):.1f} %")
     axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
     axes.minorticks_off()
     plain_ticks(axes.yaxis)
-    return canvas, [
-        [f"{rate:g}", number(a), number(b), number(b / a, "×")]
-        for rate, a, b in zip(RATES, medians["norm"], medians["plain"], strict=True)
-    ]
+    return canvas, rows
 
 
 def _band(
@@ -441,19 +445,3 @@ def _band(
     axes.plot(x, [np.median(g) for g in groups], marker="o", color=color, linestyle=style)
     low, high = [min(g) for g in groups], [max(g) for g in groups]
     axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-
-
-def _training_section(results: Results) -> report.Section:
-    panels = [
-        (
-            f"learning rate {rate:g}",
-            [
-                comparison.Side(f"{side}-lr{rate:g}", label, color, side == "plain")
-                for side, label, color in SIDES
-            ],
-        )
-        for rate in RATES
-    ]
-    return comparison.section(
-        results, "The runs", "What the networks learnt at each learning rate.", panels
-    )
