@@ -80,9 +80,9 @@ EXPERIMENT = Experiment(
         f"{AROUND:g}²) and moved by one from U(mean − {AROUND:g}, mean + {AROUND:g}).",
         f"Movement: after each epoch the first {PROBES} training images pass in training mode, "
         f"noise on; of the inputs of {', '.join(LAYERS)} {shift.QUANTILES} quantiles a unit. "
-        "Distance to the epoch before: mean over quantiles and units of their difference, divided by the root "
-        "mean square over units of the standard deviation. A run counts with the mean over layers "
-        "and epochs.",
+        "Distance to the epoch before: mean over quantiles and units of their difference, divided "
+        "by the root mean square over units of the standard deviation. A run counts with the mean "
+        "over layers and epochs.",
         "Shift of the gradient: every few steps, on the batch that the step takes; in the noisy "
         "network both gradients see noise of their own, as two steps of training do. A run counts "
         "with the median over steps of the mean over layers.",
@@ -293,8 +293,8 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
 def _parts_section(results: Results) -> report.Section:
     seeds = results.seeds(*EXPERIMENT.variants)
     panels = [
-        _panel(results, seeds, "moved", "epoch", "moved since the last epoch (spreads)"),
-        _panel(results, seeds, "shift", "training step", "shift of the gradient, relative"),
+        _panel(results, seeds, "moved", "epoch", "moved in an epoch (spreads)"),
+        _panel(results, seeds, "shift", "training step", "‖G′ − G‖ / ‖G‖"),
         _panel(results, seeds, "train_accuracy", "epoch", "training accuracy (%)"),
     ]
     rows = []
@@ -372,7 +372,7 @@ def _panel(results: Results, seeds: Sequence[int], key: str, xlabel: str, ylabel
         axes.set(yscale="log", ylim=(every.min() / 1.3, every.max() * 1.3))
         plain_ticks(axes.yaxis)
     else:
-        axes.set_ylim(0, 1.3)
+        axes.set_ylim(0, 1.6)
     count = len(lines["plain"][0])
     steps = range(0, count * results.budget["every"], results.budget["every"])
     x = steps if key == "shift" else range(1, count + 1)
