@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +29,12 @@ def final_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list
 
 
 def tuned(
-    results: Results, variants: Sequence[str], seeds: Sequence[int]
+    results: Results,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    score: Callable[[Results, str, Sequence[int]], list[float]] = final_accuracy,
 ) -> tuple[list[str], list[float]]:
-    """For each seed the variant that did best with the *other* seeds, and its final accuracy.
+    """For each seed the variant that did best with the *other* seeds, and its score.
 
     So a side may choose its learning rate from a grid without being judged by what it was chosen
     for. With one seed alone the choice is its own.
@@ -40,8 +43,9 @@ def tuned(
         results: with what `training.fit` records.
         variants: the same side at each learning rate.
         seeds: for which all variants are there.
+        score: what counts, by seed; more is better.
     """
-    table = np.array([final_accuracy(results, variant, seeds) for variant in variants])
+    table = np.array([score(results, variant, seeds) for variant in variants])
     table = table.reshape(len(variants), len(seeds))
     rows = chosen_by_others(table)
     return [variants[row] for row in rows], [
