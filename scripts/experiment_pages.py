@@ -131,6 +131,7 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Publish, if a folder is named, and write the pages."""
     if arguments:
         publish(Path(arguments[0]))
     pages = build(published())

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from normally.lab import experiments
-from tests.helpers import load_script
+from tests.bench.helpers import load_script
 
 REMEDY = "make experiment-pages"
 
