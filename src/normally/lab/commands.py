@@ -114,6 +114,9 @@ def compare(
 
 def _run(console: Console, plans: list[Plan], jobs: int | None, engine_: str, out: Path) -> None:
     """Measure, conclude each experiment as it ends, and say where the pages are."""
+    if engine_ not in engine.ENGINES:
+        known = ", ".join(engine.ENGINES)
+        raise typer.BadParameter(f"lab: engine must be one of {known}. Got engine={engine_!r}.")
     jobs = jobs or _cores()
     _announce_length(console, plans, jobs)
     pages = []
@@ -123,14 +126,18 @@ def _run(console: Console, plans: list[Plan], jobs: int | None, engine_: str, ou
             for plan, results in running:
                 pages.append(_conclude(console, plan, results))
     except KeyboardInterrupt:
-        console.print("Stopped. Finished runs are kept; the same command continues.")
+        console.print(
+            "Stopped. Finished runs are kept: the same command continues, and "
+            f"`normally lab report --out {out}` shows what is there.",
+            highlight=False,
+        )
         raise typer.Exit(130) from None
     except (ImportError, RuntimeError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None
     finally:
-        made = index.write(out)
-    _announce(console, [*pages, made] if len(pages) > 1 else pages)
+        pages += [index.write(out)] if pages else []
+    _announce(console, pages)
 
 
 @app.command()
@@ -235,7 +242,8 @@ def _announce_length(console: Console, plans: list[Plan], jobs: int) -> None:
         text = "this may take a night; a quick run before would tell how long"
     else:
         text = "minutes each"
-    console.print(f"{runs} runs of {len(plans)} experiments: {text}.", highlight=False)
+    many = "an experiment" if len(plans) == 1 else f"{len(plans)} experiments"
+    console.print(f"{runs} runs of {many}: {text}.", highlight=False)
 
 
 def _duration(seconds: float) -> str:
