@@ -58,3 +58,10 @@ def intervals(
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(False, axis="y")
+
+
+def spread(axes: Axes, place: float, values: Sequence[float], color: str) -> None:
+    """A dot at the median, and a bar from the 5th to the 95th percentile."""
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+    axes.plot([place, place], [low, high], color=color, linewidth=4, alpha=0.4)
+    axes.plot(place, middle, "o", color=color, markersize=6.5)
