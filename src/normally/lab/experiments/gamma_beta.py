@@ -63,7 +63,8 @@ EXPERIMENT = Experiment(
     source="Discussion of batch normalization in Dive into Deep Learning (d2l.ai)",
     prediction=f"In the last of the four normalized layers at least {MOST:g} % of all γ end "
     f"between {LOW:g} and {HIGH:g} and at least {MOST:g} % of all β within ±{NEAR:g}, "
-    "from the usual start and from any other; and β is smaller in the last layer than in the first.",
+    "from the usual start and from any other; and β is smaller in the last layer than in the "
+    "first.",
     protocol=[
         "LeNet as in the source: sigmoid, average pooling, `normally.nn.BatchNorm1d/2d` after its "
         "four hidden layers; plain SGD, learning rate 1, batches of 64, no weight decay, one "
