@@ -69,3 +69,10 @@ def plain_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def spread(axes: Axes, place: float, values: Sequence[float], color: str) -> None:
+    """A dot at the median, and a bar from the 5th to the 95th percentile."""
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+    axes.plot([place, place], [low, high], color=color, linewidth=4, alpha=0.4)
+    axes.plot(place, middle, "o", color=color, markersize=6.5)

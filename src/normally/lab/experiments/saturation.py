@@ -294,8 +294,8 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
         ),
     ]
     return cards, [
-        _saturation_section(results, seeds),
         _gradient_section(results, seeds),
+        _saturation_section(results, seeds),
         _table_section(results, seeds),
     ]
 
@@ -304,17 +304,21 @@ KEYS = [report.Key(label, color, side == "plain") for side, (label, color) in SI
 
 
 def _saturation_section(results: Results, seeds: list[int]) -> report.Section:
+    middle, large = RATES[1:]
     canvases = []
-    for name in NAMES:
-        canvas, axes = report.panel(
-            "epoch", "saturated units (%)", f"{name}, {SHALLOW} layers", width=4.6
-        )
-        axes.set(ylim=(0, 60))
+    for name, rate in ((NAMES[0], None), (NAMES[1], None), (NAMES[0], large), (NAMES[1], middle)):
+        words = "each at its best rate" if rate is None else f"both at rate {rate:g}"
+        canvas, axes = report.panel("epoch", "saturated units (%)", f"{name}, {words}", width=4.6)
+        axes.set(ylim=(0, 100))
         for side, (_, color) in SIDES.items():
-            records = _records(results, side, name, SHALLOW, seeds)
+            records = (
+                _records(results, side, name, SHALLOW, seeds)
+                if rate is None
+                else [results.records[_name(side, name, SHALLOW, rate), seed] for seed in seeds]
+            )
             rows = [[100 * float(np.mean(s)) for s in record["saturated"]] for record in records]
             curves(axes, records[0]["epochs"], rows, color, dashed=side == "plain")
-            axes.set_ylim(top=max(axes.get_ylim()[1], 1.1 * max(map(max, rows))))
+        axes.set_xlim(0, results.budget["epochs"])
         canvases.append(canvas)
     return report.Section(
         "Saturated units in training",
@@ -325,8 +329,10 @@ def _saturation_section(results: Results, seeds: list[int]) -> report.Section:
             report.Figure(
                 "saturation",
                 canvases,
-                f"Each side at its own best rate. Line: median of {len(seeds)} seeds; band: from "
-                "the lowest to the highest. Mean over the hidden layers.",
+                f"The networks of {SHALLOW} hidden layers, mean over these. Above what the verdict "
+                "is drawn from; below the same large rate on both sides, which need not be one "
+                f"that suits the plain network. Line: median of {len(seeds)} seeds; band: from the "
+                "lowest to the highest.",
                 KEYS,
                 columns=2,
             ),
