@@ -134,7 +134,7 @@ def judge(results: Results) -> Verdict:
     nearest = min(effects, key=lambda norm: effects[norm].estimate)
     words = ", ".join(
         f"{number(abs(effect.estimate))} points {'ahead of' if effect.estimate >= 0 else 'behind'} "
-        f"{OTHERS[norm]}"
+        f"{OTHERS[norm] if norm != 'none' else 'no norm'}"
         for norm, effect in effects.items()
     )
     return decide(
@@ -269,7 +269,7 @@ def _curves_section(results: Results) -> report.Section:
     epochs = range(1, results.budget["epochs"] + 1)
     panels = []
     for norm, label in OTHERS.items():
-        canvas, axes = report.panel("epoch", "test accuracy (%)", label.capitalize())
+        canvas, axes = report.panel("epoch", "test accuracy (%)", label[0].upper() + label[1:])
         axes.set(ylim=(0, 103), xlim=(1, max(len(epochs), 2)))
         # The other in one colour in all panels: each has its own title.
         for side, color in (("batch", report.BLUE), (norm, report.VERMILLION)):
