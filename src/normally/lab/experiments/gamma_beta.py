@@ -54,6 +54,7 @@ LABELS = {
     "relu-elsewhere": "ReLU, start elsewhere",
 }
 COLORS = {"usual": report.BLUE, "elsewhere": report.VERMILLION, "decay": report.GREEN}
+SYMBOLS = {"gamma": "γ", "beta": "β"}
 LAYERS = ("conv 1", "conv 2", "dense 1", "dense 2")
 
 EXPERIMENT = Experiment(
@@ -177,7 +178,7 @@ def _mean_share(
 def _share_effect(results: Results, form: str, name: str, seeds: Sequence[int]) -> Effect:
     low, high = RANGES[name]
     return paired_effect(
-        f"{LABELS[form]}; {'γ' if name == 'gamma' else 'β'} in {low:g} to {high:g}",
+        f"{LABELS[form]}; {SYMBOLS[name]} in {low:g} to {high:g}",
         _share(results, form, name, seeds),
         [0.0] * len(seeds),
         "%",
@@ -201,17 +202,13 @@ def _size(values: Sequence[float | None]) -> float:
 def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """γ and β by depth, where each channel went, and the shares of all forms."""
     seeds = results.seeds(*EXPERIMENT.variants)
-    cards = []
-    for form in ("usual", "elsewhere"):
-        for name, letter in (("gamma", "γ"), ("beta", "β")):
-            effect = _share_effect(results, form, name, seeds)
-            title = f"{letter} in the claimed range, {'start ' * (form == 'elsewhere')}{form}"
-            title += " start" * (form == "usual")
-            cards.append(report.Card(title, number(effect.estimate, "%"), interval(effect)))
+    effects = {
+        f"{symbol} in the claimed range, {words}": _share_effect(results, form, name, seeds)
+        for form, words in (("usual", "usual start"), ("elsewhere", "start elsewhere"))
+        for name, symbol in SYMBOLS.items()
+    }
+    cards = [report.Card(t, number(e.estimate, "%"), interval(e)) for t, e in effects.items()]
     return cards, [_depth_section(results, seeds), _channels_section(results, seeds)]
-
-
-SYMBOLS = {"gamma": "γ", "beta": "β"}
 
 
 def _values(
