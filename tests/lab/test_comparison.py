@@ -24,3 +24,14 @@ def test_a_learning_rate_is_chosen_by_the_other_seeds():
 def test_one_seed_alone_chooses_for_itself():
     results = planted(small=[0.9], large=[0.6])
     assert comparison.tuned(results, ["small", "large"], [0]) == (["small"], [90])
+
+
+def test_another_score_may_choose():
+    results = planted(small=[0.9, 0.9, 0.9], large=[0.6, 0.6, 0.6])
+
+    def lower(results, variant, seeds):
+        return [-value for value in comparison.final_accuracy(results, variant, seeds)]
+
+    chosen, scores = comparison.tuned(results, ["small", "large"], [0, 1, 2], lower)
+    assert chosen == ["large"] * 3
+    assert scores == pytest.approx([-60] * 3)
