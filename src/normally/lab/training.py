@@ -35,18 +35,25 @@ class Score:
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, batch_size: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    batch_size: int,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Score:
     """One pass over the training images in random order; the last, smaller batch is left out.
+
+    With `steps` it is so many batches instead, a part of a pass or several. The order comes from
+    `generator`, None being torch's own; with dropout, which draws too, sides share it only so.
 
     Returns:
         The means over the steps, each taken before its update; an infinite loss once it is not
         finite, and the pass ends there.
     """
     model.train()
-    order = torch.randperm(len(data.train_x))
     scores = []
-    for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
+    for batch in _batches(len(data.train_x), batch_size, steps, generator):
         output, target = model(data.train_x[batch]), data.train_y[batch]
         loss = F.cross_entropy(output, target)
         hits = (output.argmax(1) == target).float().mean().item()
@@ -60,6 +67,18 @@ def train_epoch(
     return Score(loss_sum / len(scores), math.fsum(s.accuracy for s in scores) / len(scores))
 
 
+def _batches(
+    images: int, batch_size: int, steps: int | None, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Indices of whole batches; every pass is in an order of its own."""
+    whole = max(images // batch_size, 1)
+    steps = whole if steps is None else steps
+    while steps > 0:
+        order = torch.randperm(images, generator=generator)
+        yield from order[: min(whole, steps) * batch_size].split(batch_size)
+        steps -= whole
+
+
 def fit(
     model: nn.Module,
     data: Dataset,
@@ -70,6 +89,8 @@ def fit(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     batch_statistics: bool = False,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, list[float]]:
     """Train with SGD and score the test images after every epoch.
 
@@ -85,6 +106,8 @@ def fit(
         momentum: of SGD.
         weight_decay: of all parameters, as torch's SGD does it.
         batch_statistics: score also with the statistics of each test batch.
+        steps: of an epoch; None is one pass over the training images.
+        generator: of the order of the images, as in `train_epoch`.
 
     Returns:
         A list with a value an epoch: "train_loss" and "train_accuracy" as met on the way,
@@ -97,7 +120,7 @@ def fit(
     keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     record: dict[str, list[float]] = {key: [] for key in (*keys, "batch_loss", "batch_accuracy")}
     for _ in epochs:
-        score = train_epoch(model, optimizer, data, batch_size)
+        score = train_epoch(model, optimizer, data, batch_size, steps, generator)
         record["train_loss"].append(score.loss)
         record["train_accuracy"].append(score.accuracy)
         score = evaluate(model, data.test_x, data.test_y)
