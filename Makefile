@@ -72,7 +72,7 @@ gpu-compile: $(BUILT)  ## compile the GPU's kernels, without a GPU, and print wh
 gpu:  ## tests and benchmarks on this machine's GPU, with the PYTHON that has torch and Triton
 	"$(PYTHON)" scripts/gpu.py $(ARGS)
 
-nightly: $(BUILT)  ## run the slow tests
+nightly: $(BUILT) $(VENV)/.stamp-ray  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
 
 bench: $(BUILT) $(if $(findstring flax,$(ARGS)),$(VENV)/.stamp-bench)  ## ours against torch on this machine (ARGS="batch_norm")
@@ -138,6 +138,6 @@ endif
 	@rm -f $(VENV)/.stamp-built-* && touch $@
 
 # pip installs an extra only together with its package; the kernels are already built by then.
-$(VENV)/.stamp-bench $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: pyproject.toml $(TOOLS) | $(BUILT)
+$(VENV)/.stamp-bench $(VENV)/.stamp-dev $(VENV)/.stamp-docs $(VENV)/.stamp-ray: $(VENV)/.stamp-%: pyproject.toml $(TOOLS) | $(BUILT)
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[$*]"
 	@touch $@

@@ -116,6 +116,7 @@ def test_write_puts_the_figures_beside_the_page(page, tmp_path):
     root = ElementTree.fromstring(figure.read_text("utf-8"))
     assert root.tag.endswith("svg")
     assert len(root.findall("{http://www.w3.org/2000/svg}svg")) == 2
+    assert figure.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert sorted(p.name for p in path.parent.iterdir()) == ["figures", "page.html"]
 
 

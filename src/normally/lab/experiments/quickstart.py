@@ -63,6 +63,7 @@ EXPERIMENT = Experiment(
         "The claim holds if both hold, and fails if one fails.",
     ],
     variants=[*(f"{side}-lr{rate:g}" for rate in RATES for side in ("norm", "plain")), "speed"],
+    alone=["speed"],
     budgets={
         "quick": {"seeds": 3, "epochs": 20, "batch_size": 64, "timing_seconds": 0.5},
         "full": {"seeds": 15, "epochs": 40, "batch_size": 64, "timing_seconds": 1.0},
