@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-import normally
 from normally import report
 from normally.lab.experiment import Record, Results, Run
 from normally.lab.networks import lenet
 from normally.lab.page import number
-from normally.lab.training import evaluate, fit, one_thread
+from normally.lab.training import final_scores, fit, one_thread
 
 SOURCE = "Readers' results in the discussion of Dive into Deep Learning, d2l.ai, section 8.5"
 PROTOCOL = (
@@ -58,8 +56,7 @@ FULL = {
 def train(run: Run, lr: float, **network: Any) -> Record:
     """Train d2l's LeNet; what `fit` records, and the last weights scored once more.
 
-    "final_train" and "final_test" are accuracies in evaluation, dropout off, with the statistics
-    of all training images in place of the running averages, which lag behind the weights.
+    "final_train" and "final_test" are of `training.final_scores`.
 
     Args:
         run: its budget is `QUICK` or `FULL`, or has their keys.
@@ -70,7 +67,7 @@ def train(run: Run, lr: float, **network: Any) -> Record:
     image_size = data.train_x.shape[-1]
     model = lenet(image_size, activation="sigmoid", padding=2 if image_size < 28 else 0, **network)
     with one_thread():
-        record: dict[str, Any] = fit(
+        record = fit(
             model,
             data,
             lr=lr,
@@ -79,11 +76,7 @@ def train(run: Run, lr: float, **network: Any) -> Record:
             steps=run.budget["steps"],
             generator=torch.Generator().manual_seed(run.seed),
         )
-        if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model):
-            normally.recalibrate(model, data.train_x.split(600), progress=False)
-        record["final_test"] = evaluate(model, data.test_x, data.test_y).accuracy
-        record["final_train"] = evaluate(model, data.train_x, data.train_y).accuracy
-    return record
+        return {**record, **final_scores(model, data)}
 
 
 def extent(results: Results) -> str:

@@ -77,12 +77,14 @@ def mlp(
     *,
     norm: str = "batch",
     activation: str = "relu",
+    dropout: float = 0.0,
     classes: int = 10,
 ) -> nn.Sequential:
-    """A multilayer perceptron; weights, norms and activations as in `lenet`."""
+    """A multilayer perceptron; weights, norms, activations and dropout as in `lenet`."""
     parts: list[nn.Module] = [nn.Flatten()]
     for width in widths:
         parts += [nn.Linear(features, width), *block(norm, width, dim=1, activation=activation)]
+        parts += [nn.Dropout(dropout)] if dropout else []
         features = width
     return initialize(nn.Sequential(*parts, nn.Linear(features, classes)), activation)
 
