@@ -31,7 +31,7 @@ PRINT_CAPABILITY := 'import torch; print(torch.backends.cpu.get_cpu_capability()
 unexport PYTHONPATH PYTHONHOME PIP_USER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-isa test-triton gpu gpu-compile nightly bench perf-page lint format docs wheel clean
+.PHONY: help demo test test-isa test-triton gpu gpu-compile nightly bench perf-page experiment-pages lint format docs wheel clean
 
 # Two pip processes must not change one .venv at a time.
 .NOTPARALLEL:
@@ -80,6 +80,9 @@ bench: $(BUILT) $(if $(findstring flax,$(ARGS)),$(VENV)/.stamp-bench)  ## ours a
 
 perf-page: $(BUILT)  ## write docs/performance.md from benchmarks/results/
 	$(PY) scripts/performance_page.py $(wildcard benchmarks/results/*.json)
+
+experiment-pages: $(BUILT)  ## write docs/experiments/ (ARGS="runs" takes the results of that folder first)
+	$(PY) scripts/experiment_pages.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict, clang-format: report only
 	$(PY) -m ruff check .

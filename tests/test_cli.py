@@ -78,12 +78,12 @@ def test_lab_run_falls_back_to_data_that_is_there(invoke, toys, tmp_path, monkey
 def test_lab_run_says_first_how_long_it_takes(invoke, toys, tmp_path):
     toys["toy"].budgets["full"] = {"seeds": 5, "epochs": 4}
     arguments = ("lab", "run", "toy", "--jobs", 1, "--out", tmp_path)
-    assert "10 runs of 1 experiments: this may take a night" in (
+    assert "10 runs of an experiment: this may take a night" in (
         invoke(*arguments, "--budget", "full", "--seeds", 5).output
     )
     invoke(*arguments)
     result = invoke(*arguments, "--budget", "full", "--seeds", 7)
-    assert "4 runs of 1 experiments: about 0 s with --jobs 1" in result.output
+    assert "4 runs of an experiment: about 0 s with --jobs 1" in result.output
 
 
 def test_lab_run_names_the_run_that_failed_and_keeps_the_others(
@@ -128,6 +128,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(invoke, toys, tmp_path):
         (("lab", "run", "toy", "--all"), "--all"),
         (("lab", "run", "toi"), "Did you mean toy?"),
         (("lab", "run", "toy", "--budget", "huge"), "budget must be one of"),
+        (("lab", "run", "toy", "--engine", "dask"), "engine must be one of"),
         (("lab", "run", "toy", "--data", "cifar"), "data must be one of"),
         (("lab", "run", "toy", "--data", "fashion-mnist"), "NORMALLY_DATA"),
     ],

@@ -62,6 +62,19 @@ def test_what_only_shows_does_not_count(monkeypatch):
     assert fingerprint(quickstart.measure, "digits", {}) == before
 
 
+def test_a_table_of_functions_counts_the_same_in_every_process(monkeypatch):
+    def digest(function):
+        monkeypatch.setitem(globals(), "RATE", {"a": function})
+        return fingerprint(measure, "digits", {})
+
+    def make():
+        return lambda: None
+
+    one, other = make(), make()
+    assert one is not other
+    assert digest(one) == digest(other)
+
+
 def test_data_and_settings_count():
     made = {
         fingerprint(measure, data, {"epochs": epochs})

@@ -113,3 +113,16 @@ def test_with_a_generator_the_order_does_not_depend_on_what_else_is_drawn():
 
     assert once(0) == once(7)
     assert once(0)[:3] != once(0)[3:]
+
+
+def test_a_watcher_sees_every_batch_before_its_step():
+    data = load("digits").first(100, 50)
+    torch.manual_seed(0)
+    model, seen = lenet(8), []
+    first = model[0].weight.detach().clone()
+
+    def watch(x, y):
+        seen.append((len(x), len(y), torch.equal(model[0].weight, first)))
+
+    fit(model, data, lr=0.1, epochs=range(2), batch_size=32, watch=watch)
+    assert seen == [(32, 32, True), *[(32, 32, False)] * 5]

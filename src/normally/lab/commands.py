@@ -1,4 +1,4 @@
-"""`normally lab`: list, run, report."""
+"""`normally lab`: list, run, compare, report."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import compare as compare_module
 from . import data as data_module
 from . import engine, index, registry
 from .experiment import Experiment, Results
 from .plan import Plan, core_seconds, plan
 from .progress import Bars
+from .storage import read_json
 
 app = typer.Typer(help="Experiments on what is claimed about normalization.", no_args_is_help=True)
 _STYLES = {"holds": "green", "does not hold": "red", "inconclusive": "yellow"}
@@ -64,6 +66,57 @@ def run(
     """
     console = _console()
     plans = _plans(console, _chosen(names, all_), data, budget, seeds, out, strict=not all_)
+    _run(console, plans, jobs, engine_, out)
+
+
+@app.command()
+def compare(
+    factory: Annotated[str, typer.Argument(help="module:function that makes your model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="module:function; takes a batch size, gives what to train on and what to test "
+            f"on. Or one of {', '.join(data_module.NAMES)}."
+        ),
+    ],
+    norms: Annotated[
+        str, typer.Option(help="Normalizations; the first is what the others are compared with.")
+    ] = "batch,layer,group:8,rms,none",
+    batch_sizes: Annotated[str, typer.Option(help="Of the training.")] = "4,32,128",
+    lrs: Annotated[str, typer.Option(help="Learning rates, the same for each.")] = "0.01,0.1,1",
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.", min=1)] = 5,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 3,
+    out: Out = Path("runs"),
+    jobs: Jobs = None,
+    engine_: Engine = "local",
+) -> None:
+    """Train your own model under each normalization: which one at which batch size?
+
+    Finished runs are kept: the same command continues a stopped one.
+    """
+    console = _console()
+    try:
+        experiment = compare_module.make(
+            factory,
+            data,
+            norms=_words(norms),
+            batch_sizes=[int(word) for word in _words(batch_sizes)],
+            lrs=[float(word) for word in _words(lrs)],
+            epochs=epochs,
+            seeds=seeds,
+        )
+        compare_module.check(experiment)
+        made = plan(experiment, budget="compare", seeds=seeds, out=out)
+    except (ValueError, TypeError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _run(console, [made], jobs, engine_, out)
+
+
+def _run(console: Console, plans: list[Plan], jobs: int | None, engine_: str, out: Path) -> None:
+    """Measure, conclude each experiment as it ends, and say where the pages are."""
+    if engine_ not in engine.ENGINES:
+        known = ", ".join(engine.ENGINES)
+        raise typer.BadParameter(f"lab: engine must be one of {known}. Got engine={engine_!r}.")
     jobs = jobs or _cores()
     _announce_length(console, plans, jobs)
     pages = []
@@ -73,14 +126,18 @@ def run(
             for plan, results in running:
                 pages.append(_conclude(console, plan, results))
     except KeyboardInterrupt:
-        console.print("Stopped. Finished runs are kept; the same command continues.")
+        console.print(
+            "Stopped. Finished runs are kept: the same command continues, and "
+            f"`normally lab report --out {out}` shows what is there.",
+            highlight=False,
+        )
         raise typer.Exit(130) from None
     except (ImportError, RuntimeError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None
     finally:
-        made = index.write(out)
-    _announce(console, [*pages, made] if len(pages) > 1 else pages)
+        pages += [index.write(out)] if pages else []
+    _announce(console, pages)
 
 
 @app.command()
@@ -89,7 +146,10 @@ def report(out: Out = Path("runs")) -> None:
     console = _console()
     pages = []
     for name, data, budget in index.kept(out):
-        experiment = registry.find(name)
+        experiment = _known(out, name, data, budget)
+        if experiment is None:
+            console.print(f"{name} ({data}, {budget}): no experiment of this version; left out.")
+            continue
         results = engine.recorded(experiment, data=data, budget=budget, out=out)
         if not results.seeds(*experiment.variants):
             console.print(f"{name} ({data}, {budget}): no complete seed of this version; left out.")
@@ -100,6 +160,17 @@ def report(out: Out = Path("runs")) -> None:
         raise typer.Exit(1)
     pages.append(index.write(out))
     _announce(console, pages)
+
+
+def _known(out: Path, name: str, data: str, budget: str) -> Experiment | None:
+    if name in registry.experiments():
+        return registry.find(name)
+    result = read_json(out / name / f"{data}-{budget}" / "result.json")
+    return compare_module.remade(result["budget"]) if result and budget == "compare" else None
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _console() -> Console:
@@ -171,7 +242,8 @@ def _announce_length(console: Console, plans: list[Plan], jobs: int) -> None:
         text = "this may take a night; a quick run before would tell how long"
     else:
         text = "minutes each"
-    console.print(f"{runs} runs of {len(plans)} experiments: {text}.", highlight=False)
+    many = "an experiment" if len(plans) == 1 else f"{len(plans)} experiments"
+    console.print(f"{runs} runs of {many}: {text}.", highlight=False)
 
 
 def _duration(seconds: float) -> str:

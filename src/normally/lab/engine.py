@@ -8,10 +8,10 @@ out/<name>/<data>-<budget>/<name>.py, picture.svg         its code; what the ind
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from .. import report
@@ -22,7 +22,7 @@ from .plan import Grid, Plan, plan
 from .progress import Progress
 from .storage import write_json
 from .verdict import Verdict
-from .workers import Cell, Outcome, Workers, on_ray, processes, serial
+from .workers import Cell, Listen, Workers, on_ray, processes, serial
 
 ENGINES = ("local", "ray")
 
@@ -74,41 +74,30 @@ def run_all(
         Each plan with its results as soon as its last run has ended.
     """
     workers, progress = _workers(jobs, engine), progress or Progress()
-    todo = [_Todo(p, [cell for cell in p.grid if cell not in p.stored(p.grid)]) for p in plans]
-    total = sum(len(p.grid) for p in plans)
-    progress.begin(total - sum(len(t.missing) for t in todo), total)
-    for ready in todo:
-        if not ready.missing:
-            yield ready.plan, _results(ready.plan, ready.plan.grid)
+    tasks = [task for chosen in plans for task in _tasks(chosen)]
+    total = sum(len(chosen.grid) for chosen in plans)
+    progress.begin(total - len(tasks), total)
+    left = Counter(id(task.plan) for task in tasks)
+    for chosen in plans:
+        if not left[id(chosen)]:
+            yield chosen, _results(chosen, chosen.grid)
     failures = []
     for alone, work in ((False, workers), (True, serial)):
-        jobs_of = [
-            (t, variant, seed)
-            for t in todo
-            for variant, seed in t.missing
-            if (variant in t.plan.experiment.alone) == alone
-        ]
-        cells = [
-            Cell(t.plan.experiment.measure, variant, seed, t.plan.data, t.plan.settings, alone)
-            for t, variant, seed in jobs_of
-        ]
-        labels = [f"{t.plan.experiment.name}: {v}, seed {seed}" for t, v, seed in jobs_of]
-        if not cells:
-            continue
-        listen = _Listener(progress, labels)
-        try:
-            with closing(work(cells, listen)) as outcomes:
-                for index, outcome in outcomes:
-                    owner, variant, seed = jobs_of[index]
-                    failures += owner.take(variant, seed, outcome, labels[index])
-                    progress.finish(index, labels[index])
-                    if owner.ended:
-                        yield owner.plan, _results(owner.plan, owner.plan.grid)
-        except BrokenProcessPool:
-            raise RuntimeError(
-                "lab: a process that measured a run was killed; was there too little memory? "
-                "Finished runs are kept: the same command continues; fewer --jobs need less."
-            ) from None
+        group = [task for task in tasks if task.cell.alone == alone]
+        with closing(work([task.cell for task in group], _listener(progress, group))) as outcomes:
+            for index, outcome in outcomes:
+                task = group[index]
+                if outcome.record is None:
+                    failures.append(f"{task.label}\n{outcome.error}")
+                    continue
+                store, cell = task.plan.store, task.cell
+                store.save(
+                    cell.variant, cell.seed, outcome.record, outcome.seconds, outcome.machine
+                )
+                progress.finish(index, task.label)
+                left[id(task.plan)] -= 1
+                if not left[id(task.plan)]:
+                    yield task.plan, _results(task.plan, task.plan.grid)
     if failures:
         raise RuntimeError(
             f"lab: {len(failures)} of {total} runs failed; the others are kept. "
@@ -116,39 +105,45 @@ def run_all(
         )
 
 
-@dataclass
-class _Todo:
-    """A plan on its way."""
+@dataclass(frozen=True)
+class _Task:
+    """A run that is not on disk yet."""
 
     plan: Plan
-    missing: Grid
-    done: int = field(default=0)
+    cell: Cell
 
     @property
-    def ended(self) -> bool:
-        return self.done == len(self.missing)
-
-    def take(self, variant: str, seed: int, outcome: Outcome, label: str) -> list[str]:
-        """Save a run; the failures, none or one."""
-        if outcome.record is None:
-            return [f"{label}\n{outcome.error}"]
-        self.plan.store.save(variant, seed, outcome.record, outcome.seconds, outcome.machine)
-        self.done += 1
-        return []
+    def label(self) -> str:
+        return f"{self.plan.experiment.name}: {self.cell.variant}, seed {self.cell.seed}"
 
 
-@dataclass
-class _Listener:
+def _tasks(chosen: Plan) -> list[_Task]:
+    experiment, stored = chosen.experiment, chosen.stored(chosen.grid)
+    cells = [
+        Cell(
+            experiment.measure,
+            variant,
+            seed,
+            chosen.data,
+            chosen.settings,
+            alone=variant in experiment.alone,
+        )
+        for variant, seed in chosen.grid
+        if (variant, seed) not in stored
+    ]
+    return [_Task(chosen, cell) for cell in cells]
+
+
+def _listener(progress: Progress, tasks: Sequence[_Task]) -> Listen:
     """From what workers say to what the progress shows."""
 
-    progress: Progress
-    labels: Sequence[str]
-
-    def __call__(self, index: int, done: int, total: int) -> None:
+    def listen(index: int, done: int, total: int) -> None:
         if total == 0:
-            self.progress.run(index, self.labels[index])
+            progress.run(index, tasks[index].label)
         else:
-            self.progress.epoch(index, done, total)
+            progress.epoch(index, done, total)
+
+    return listen
 
 
 def recorded(

@@ -72,6 +72,7 @@ class Experiment:
         data: the data sets it may use, of `lab.data.NAMES`; the first that is on this machine is
             taken by default.
         alone: variants that measure time: nothing else runs beside them.
+        command: that makes it again, where it is not `normally lab run`.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Experiment:
     budgets: Mapping[str, Mapping[str, Any]]
     data: Sequence[str] = ("digits", "fashion-mnist")
     alone: Collection[str] = ()
+    command: str = ""
     measure: Callable[[Run], Record] = field(init=False, repr=False)
     judge: Callable[[Results], Verdict] = field(init=False, repr=False)
     present: Callable[[Results], tuple[Sequence[Card], Sequence[Section]]] = field(

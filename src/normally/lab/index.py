@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
-from . import registry
 from .page import TONES
 from .storage import read_json
 
 
 def kept(out: str | Path) -> list[tuple[str, str, str]]:
-    """Name, data and budget of every known experiment that has runs in this folder."""
-    known = registry.experiments()
+    """Name, data and budget of every experiment that has runs in this folder."""
     found = []
     for runs in sorted(Path(out).glob("*/*/runs")):
         data, _, budget = runs.parent.name.rpartition("-")
-        if runs.parent.parent.name in known:
-            found.append((runs.parent.parent.name, data, budget))
+        found.append((runs.parent.parent.name, data, budget))
     return found
 
 

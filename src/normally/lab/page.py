@@ -24,6 +24,9 @@ def page(
     cards, sections = experiment.present(results)
     seeds = results.seeds(*experiment.variants)
     missing = results.planned_seeds - len(seeds)
+    command = experiment.command or (
+        f"normally lab run {experiment.name} --data {results.data.name} --budget {budget}"
+    )
     summary = verdict.sentence
     if missing > 0:
         summary += f" **{missing} of {results.planned_seeds} planned seeds are not finished.**"
@@ -42,9 +45,8 @@ def page(
         ],
         footer=[
             *(f"Measured with {machine}." for machine in results.machines),
-            f"Make it again: `normally lab run {experiment.name} --data {results.data.name} "
-            f"--budget {budget}`. The numbers are in `result.json` and `runs/`, the figures as "
-            "SVG and PDF files in `figures/`, beside this page.",
+            f"Make it again: `{command}`. The numbers are in `result.json` and `runs/`, the "
+            "figures as SVG and PDF files in `figures/`, beside this page.",
         ],
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,13 +40,21 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     data: Dataset,
     batch_size: int,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
     steps: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Score:
     """One pass over the training images in random order; the last, smaller batch is left out.
 
-    With `steps` it is so many batches instead, a part of a pass or several. The order comes from
-    `generator`, None being torch's own; with dropout, which draws too, sides share it only so.
+    Args:
+        model: trained in place.
+        optimizer: of its parameters.
+        data: what it learns.
+        batch_size: of every step.
+        watch: is called with the images and labels of each batch before the step that takes it.
+        steps: so many batches instead of one pass: a part of a pass or several.
+        generator: of the order, None being torch's own; with dropout, which draws too, sides share
+            the order only so.
 
     Returns:
         The means over the steps, each taken before its update; an infinite loss once it is not
@@ -55,7 +63,10 @@ def train_epoch(
     model.train()
     scores = []
     for batch in _batches(len(data.train_x), batch_size, steps, generator):
-        output, target = model(data.train_x[batch]), data.train_y[batch]
+        images, target = data.train_x[batch], data.train_y[batch]
+        if watch is not None:
+            watch(images, target)
+        output = model(images)
         loss = F.cross_entropy(output, target)
         hits = (output.argmax(1) == target).float().mean().item()
         scores.append(Score(loss.item(), hits))
@@ -90,6 +101,7 @@ def fit(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     batch_statistics: bool = False,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
     steps: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, list[float]]:
@@ -107,6 +119,7 @@ def fit(
         momentum: of SGD.
         weight_decay: of all parameters, as torch's SGD does it.
         batch_statistics: score also with the statistics of each test batch.
+        watch: as in `train_epoch`.
         steps: of an epoch; None is one pass over the training images.
         generator: of the order of the images, as in `train_epoch`.
 
@@ -121,7 +134,7 @@ def fit(
     keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     record: dict[str, list[float]] = {key: [] for key in (*keys, "batch_loss", "batch_accuracy")}
     for _ in epochs:
-        score = train_epoch(model, optimizer, data, batch_size, steps, generator)
+        score = train_epoch(model, optimizer, data, batch_size, watch, steps, generator)
         record["train_loss"].append(score.loss)
         record["train_accuracy"].append(score.accuracy)
         score = evaluate(model, data.test_x, data.test_y)

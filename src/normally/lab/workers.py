@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,8 @@ def processes(jobs: int) -> Workers:
     """
 
     def work(cells: Sequence[Cell], listen: Listen) -> Outcomes:
+        if not cells:
+            return
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         events = context.SimpleQueue()
         pool = ProcessPoolExecutor(jobs, context, _begin, (events,))
@@ -98,6 +101,11 @@ def processes(jobs: int) -> Workers:
             }
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "lab: a process that measured a run was killed; was there too little memory? "
+                "Finished runs are kept: the same command continues; fewer --jobs need less."
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
@@ -117,6 +125,8 @@ def on_ray(cells: Sequence[Cell], listen: Listen) -> Outcomes:
     Raises:
         ImportError: without Ray.
     """
+    if not cells:
+        return
     try:
         import ray
     except ImportError:
