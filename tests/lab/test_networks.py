@@ -72,6 +72,12 @@ def test_positions_dropout_bias_and_order():
     assert after[2].act is None
 
 
+def test_the_original_has_no_padding_in_its_second_convolution():
+    model = lenet(28, padding=0)
+    assert next(m for m in model if isinstance(m, nn.Linear)).in_features == 400
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_mlp_has_its_widths():
     model = mlp(64, [32, 16], norm="batch")
     assert norms(model) == [BatchNorm1d, BatchNorm1d]

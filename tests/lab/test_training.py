@@ -7,6 +7,7 @@ from torch import nn
 from normally.lab.data import load
 from normally.lab.networks import lenet
 from normally.lab.training import (
+    _batches,
     evaluate,
     evaluate_with_batch_statistics,
     fit,
@@ -88,6 +89,30 @@ def test_the_loss_before_the_update_and_the_accuracy_on_the_way_are_recorded(dat
     model = lenet(8, norm="batch")
     record = fit(model, data, lr=0.3, epochs=range(2), batch_size=64, momentum=0.5)
     assert 0 < record["train_accuracy"][0] < record["train_accuracy"][1] <= 1
+
+
+def order(batches):
+    return [batch.tolist() for batch in batches]
+
+
+def test_steps_are_a_part_of_a_pass_or_several():
+    torch.manual_seed(0)
+    assert len(order(_batches(10, 3, None, None))) == 3
+    assert len(order(_batches(10, 3, 2, None))) == 2
+    several = order(_batches(10, 3, 8, None))
+    assert [len(batch) for batch in several] == [3] * 8
+    for first in (0, 3):  # within a pass no image comes twice
+        assert len({i for batch in several[first : first + 3] for i in batch}) == 9
+    assert [len(batch) for batch in order(_batches(2, 3, 2, None))] == [2, 2]
+
+
+def test_with_a_generator_the_order_does_not_depend_on_what_else_is_drawn():
+    def once(draws):
+        batches = _batches(6, 2, 6, torch.Generator().manual_seed(5))
+        return [(batch.tolist(), torch.rand(draws))[0] for batch in batches]
+
+    assert once(0) == once(7)
+    assert once(0)[:3] != once(0)[3:]
 
 
 def test_a_watcher_sees_every_batch_before_its_step():

@@ -22,6 +22,7 @@ def lenet(
     dropout: float = 0.0,
     bias: bool = True,
     classes: int = 10,
+    padding: int = 2,
 ) -> nn.Sequential:
     """LeNet (LeCun et al. 1998) with a normalization at each of its four hidden layers.
 
@@ -37,6 +38,7 @@ def lenet(
         dropout: probability of zeroing a unit behind each of the two dense hidden layers.
         bias: of the four hidden layers.
         classes: number of outputs.
+        padding: of the second convolution: 2 keeps its size, 0 is the original's.
     """
 
     def hidden(position: int, features: int) -> list[nn.Module]:
@@ -51,11 +53,11 @@ def lenet(
         nn.Conv2d(1, 6, 5, padding=2),
         *hidden(1, 6),
         nn.AvgPool2d(2),
-        nn.Conv2d(6, 16, 5, padding=2),
+        nn.Conv2d(6, 16, 5, padding=padding),
         *hidden(2, 16),
         nn.AvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(16 * (image_size // 4) ** 2, 120),
+        nn.Linear(16 * ((image_size // 2 + 2 * padding - 4) // 2) ** 2, 120),
         *hidden(3, 120),
         nn.Linear(120, 84),
         *hidden(4, 84),
@@ -75,12 +77,14 @@ def mlp(
     *,
     norm: str = "batch",
     activation: str = "relu",
+    dropout: float = 0.0,
     classes: int = 10,
 ) -> nn.Sequential:
-    """A multilayer perceptron; weights, norms and activations as in `lenet`."""
+    """A multilayer perceptron; weights, norms, activations and dropout as in `lenet`."""
     parts: list[nn.Module] = [nn.Flatten()]
     for width in widths:
         parts += [nn.Linear(features, width), *block(norm, width, dim=1, activation=activation)]
+        parts += [nn.Dropout(dropout)] if dropout else []
         features = width
     return initialize(nn.Sequential(*parts, nn.Linear(features, classes)), activation)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import normally
 from normally.lab.data import Dataset
 
 
@@ -40,6 +41,8 @@ def train_epoch(
     data: Dataset,
     batch_size: int,
     watch: Callable[[Tensor, Tensor], None] | None = None,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Score:
     """One pass over the training images in random order; the last, smaller batch is left out.
 
@@ -49,15 +52,17 @@ def train_epoch(
         data: what it learns.
         batch_size: of every step.
         watch: is called with the images and labels of each batch before the step that takes it.
+        steps: so many batches instead of one pass: a part of a pass or several.
+        generator: of the order, None being torch's own; with dropout, which draws too, sides share
+            the order only so.
 
     Returns:
         The means over the steps, each taken before its update; an infinite loss once it is not
         finite, and the pass ends there.
     """
     model.train()
-    order = torch.randperm(len(data.train_x))
     scores = []
-    for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
+    for batch in _batches(len(data.train_x), batch_size, steps, generator):
         images, target = data.train_x[batch], data.train_y[batch]
         if watch is not None:
             watch(images, target)
@@ -74,6 +79,18 @@ def train_epoch(
     return Score(loss_sum / len(scores), math.fsum(s.accuracy for s in scores) / len(scores))
 
 
+def _batches(
+    images: int, batch_size: int, steps: int | None, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Indices of whole batches; every pass is in an order of its own."""
+    whole = max(images // batch_size, 1)
+    steps = whole if steps is None else steps
+    while steps > 0:
+        order = torch.randperm(images, generator=generator)
+        yield from order[: min(whole, steps) * batch_size].split(batch_size)
+        steps -= whole
+
+
 def fit(
     model: nn.Module,
     data: Dataset,
@@ -85,6 +102,8 @@ def fit(
     weight_decay: float = 0.0,
     batch_statistics: bool = False,
     watch: Callable[[Tensor, Tensor], None] | None = None,
+    steps: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, list[float]]:
     """Train with SGD and score the test images after every epoch.
 
@@ -101,6 +120,8 @@ def fit(
         weight_decay: of all parameters, as torch's SGD does it.
         batch_statistics: score also with the statistics of each test batch.
         watch: as in `train_epoch`.
+        steps: of an epoch; None is one pass over the training images.
+        generator: of the order of the images, as in `train_epoch`.
 
     Returns:
         A list with a value an epoch: "train_loss" and "train_accuracy" as met on the way,
@@ -113,7 +134,7 @@ def fit(
     keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     record: dict[str, list[float]] = {key: [] for key in (*keys, "batch_loss", "batch_accuracy")}
     for _ in epochs:
-        score = train_epoch(model, optimizer, data, batch_size, watch)
+        score = train_epoch(model, optimizer, data, batch_size, watch, steps, generator)
         record["train_loss"].append(score.loss)
         record["train_accuracy"].append(score.accuracy)
         score = evaluate(model, data.test_x, data.test_y)
@@ -124,6 +145,22 @@ def fit(
             record["batch_loss"].append(score.loss)
             record["batch_accuracy"].append(score.accuracy)
     return record
+
+
+def final_scores(model: nn.Module, data: Dataset) -> dict[str, float]:
+    """Score the last weights with the batch norms' statistics of all training images, set in place.
+
+    The running averages lag behind the weights, and accuracy bounces with them.
+
+    Returns:
+        "final_train", "final_test": accuracies in evaluation, so dropout is off.
+    """
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in model.modules()):
+        normally.recalibrate(model, data.train_x.split(600), progress=False)
+    return {
+        "final_train": evaluate(model, data.train_x, data.train_y).accuracy,
+        "final_test": evaluate(model, data.test_x, data.test_y).accuracy,
+    }
 
 
 @torch.no_grad()
