@@ -71,6 +71,7 @@ def test_one_that_dies_without_a_word_ends_all():
         processes.run(2, die)
 
 
+@pytest.mark.slow  # a parent and its children import torch one after the other
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_none_outlives_its_parent(tmp_path, how):
