@@ -31,7 +31,7 @@ PRINT_CAPABILITY := 'import torch; print(torch.backends.cpu.get_cpu_capability()
 unexport PYTHONPATH PYTHONHOME PIP_USER
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-isa test-triton gpu gpu-compile nightly bench perf-page lint format docs wheel clean
+.PHONY: help demo test test-isa test-triton gpu gpu-compile nightly bench perf-page experiment-pages lint format docs wheel clean
 
 # Two pip processes must not change one .venv at a time.
 .NOTPARALLEL:
@@ -72,7 +72,7 @@ gpu-compile: $(BUILT)  ## compile the GPU's kernels, without a GPU, and print wh
 gpu:  ## tests and benchmarks on this machine's GPU, with the PYTHON that has torch and Triton
 	"$(PYTHON)" scripts/gpu.py $(ARGS)
 
-nightly: $(BUILT)  ## run the slow tests
+nightly: $(BUILT) $(VENV)/.stamp-ray  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
 
 bench: $(BUILT) $(if $(findstring flax,$(ARGS)),$(VENV)/.stamp-bench)  ## ours against torch on this machine (ARGS="batch_norm")
@@ -80,6 +80,9 @@ bench: $(BUILT) $(if $(findstring flax,$(ARGS)),$(VENV)/.stamp-bench)  ## ours a
 
 perf-page: $(BUILT)  ## write docs/performance.md from benchmarks/results/
 	$(PY) scripts/performance_page.py $(wildcard benchmarks/results/*.json)
+
+experiment-pages: $(BUILT)  ## write docs/experiments/ (ARGS="runs" takes the results of that folder first)
+	$(PY) scripts/experiment_pages.py $(ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, mypy --strict, clang-format: report only
 	$(PY) -m ruff check .
@@ -138,6 +141,6 @@ endif
 	@rm -f $(VENV)/.stamp-built-* && touch $@
 
 # pip installs an extra only together with its package; the kernels are already built by then.
-$(VENV)/.stamp-bench $(VENV)/.stamp-dev $(VENV)/.stamp-docs: $(VENV)/.stamp-%: pyproject.toml $(TOOLS) | $(BUILT)
+$(VENV)/.stamp-bench $(VENV)/.stamp-dev $(VENV)/.stamp-docs $(VENV)/.stamp-ray: $(VENV)/.stamp-%: pyproject.toml $(TOOLS) | $(BUILT)
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[$*]"
 	@touch $@

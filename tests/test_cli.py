@@ -36,7 +36,7 @@ def test_lab_list_names_every_experiment_with_its_claim(invoke):
 
 
 def test_lab_run_prints_verdict_and_the_address_of_the_page(invoke, toys, tmp_path):
-    result = invoke("lab", "run", "toy", "--out", tmp_path)
+    result = invoke("lab", "run", "toy", "--jobs", 1, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     page = tmp_path / "toy" / "digits-quick" / "report.html"
     assert "toy: holds" in result.output
@@ -47,13 +47,57 @@ def test_lab_run_prints_verdict_and_the_address_of_the_page(invoke, toys, tmp_pa
 
 
 def test_lab_run_all_and_report(invoke, toys, tmp_path):
-    assert invoke("lab", "run", "--all", "--seeds", 2, "--out", tmp_path).exit_code == 0
+    assert (
+        invoke("lab", "run", "--all", "--seeds", 2, "--jobs", 2, "--out", tmp_path).exit_code == 0
+    )
     page = tmp_path / "toy" / "digits-quick" / "report.html"
     page.unlink()
     result = invoke("lab", "report", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert page.is_file()
     assert "1 of 3 planned seeds are not finished" in page.read_text("utf-8")
+
+
+def test_lab_run_all_leaves_an_experiment_its_own_data(invoke, toys, tmp_path):
+    toys["toy"].data = ("generated",)
+    arguments = ("--data", "digits", "--jobs", 1, "--out", tmp_path)
+    result = invoke("lab", "run", "--all", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "toy does not use digits: generated instead." in result.output
+    assert invoke("lab", "run", "toy", *arguments).exit_code == 2
+
+
+def test_lab_run_falls_back_to_data_that_is_there(invoke, toys, tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMALLY_DATA", str(tmp_path))
+    toys["toy"].data = ("fashion-mnist", "digits")
+    result = invoke("lab", "run", "toy", "--jobs", 1, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "toy: fashion-mnist is not on this machine: digits instead." in result.output
+
+
+def test_lab_run_says_first_how_long_it_takes(invoke, toys, tmp_path):
+    toys["toy"].budgets["full"] = {"seeds": 5, "epochs": 4}
+    arguments = ("lab", "run", "toy", "--jobs", 1, "--out", tmp_path)
+    assert "10 runs of an experiment: this may take a night" in (
+        invoke(*arguments, "--budget", "full", "--seeds", 5).output
+    )
+    invoke(*arguments)
+    result = invoke(*arguments, "--budget", "full", "--seeds", 7)
+    assert "4 runs of an experiment: about 0 s with --jobs 1" in result.output
+
+
+def test_lab_run_names_the_run_that_failed_and_keeps_the_others(
+    invoke, toys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TOY_FAILS", "b1")
+    arguments = ("lab", "run", "toy", "--jobs", 1, "--out", tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert "1 of 6 runs failed; the others are kept" in result.output
+    assert "toy: b, seed 1" in result.output
+    assert "ValueError: the toy is broken" in result.output
+    monkeypatch.delenv("TOY_FAILS")
+    assert "5 of 6 runs are on disk already" in invoke(*arguments).output
 
 
 def test_lab_report_without_runs_says_what_to_do(invoke, tmp_path):
@@ -71,7 +115,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(invoke, toys, tmp_path):
         return measure(run)
 
     toys["toy"].measure = stopped
-    result = invoke("lab", "run", "toy", "--out", tmp_path)
+    result = invoke("lab", "run", "toy", "--jobs", 1, "--out", tmp_path)
     assert result.exit_code == 130
     assert "the same command continues" in result.output
     assert len(list(tmp_path.rglob("*-seed0.json"))) == 2
@@ -84,14 +128,15 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(invoke, toys, tmp_path):
         (("lab", "run", "toy", "--all"), "--all"),
         (("lab", "run", "toi"), "Did you mean toy?"),
         (("lab", "run", "toy", "--budget", "huge"), "budget must be one of"),
+        (("lab", "run", "toy", "--engine", "dask"), "engine must be one of"),
         (("lab", "run", "toy", "--data", "cifar"), "data must be one of"),
         (("lab", "run", "toy", "--data", "fashion-mnist"), "NORMALLY_DATA"),
     ],
 )
 def test_a_wrong_command_is_refused_with_a_reason(
-    invoke, toys, tmp_path, monkeypatch, arguments, message
+    invoke, toys, tmp_path, tmp_path_factory, monkeypatch, arguments, message
 ):
-    monkeypatch.delenv("NORMALLY_DATA", raising=False)
+    monkeypatch.setenv("NORMALLY_DATA", str(tmp_path_factory.mktemp("empty")))
     result = invoke(*arguments, *(("--out", tmp_path)))
     assert result.exit_code == 2
     # rich draws a box and folds lines; the words stay in order.

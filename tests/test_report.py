@@ -1,3 +1,5 @@
+import dataclasses
+import html
 import re
 import subprocess
 import sys
@@ -116,6 +118,7 @@ def test_write_puts_the_figures_beside_the_page(page, tmp_path):
     root = ElementTree.fromstring(figure.read_text("utf-8"))
     assert root.tag.endswith("svg")
     assert len(root.findall("{http://www.w3.org/2000/svg}svg")) == 2
+    assert figure.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert sorted(p.name for p in path.parent.iterdir()) == ["figures", "page.html"]
 
 
@@ -149,3 +152,37 @@ def test_matplotlib_is_not_loaded_for_a_page_without_figures():
         "assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_entry_has_its_picture_and_its_link():
+    entry = report.Entry("A <claim>", "a/b.html", "`x` grows.", "holds", "good", "note", "a/p.svg")
+    text = report.render(report.Page("T", "S", [report.Section("Claims", [entry, entry])]))
+    outline = Outline(text)
+    assert outline.open == []
+    assert set(outline.fetched) == {"a/b.html", "a/p.svg"}
+    assert "A &lt;claim&gt;" in text
+    assert "<code>x</code> grows." in text
+    without = report.Entry("A", "a.html", "text")
+    assert "<img" not in report.render(report.Page("T", "S", [report.Section("C", [without])]))
+
+
+def test_code_is_shown_as_it_is_written():
+    code = report.Code("a.py", 'x = "<b>" # **not bold** `nor code`', link="a.py")
+    text = report.render(report.Page("T", "S", [report.Section("Code", [code])]))
+    assert Outline(text).open == []
+    shown = text.partition("<pre><code>")[2].partition("</code></pre>")[0]
+    assert html.unescape(shown) == code.text
+
+
+def test_a_long_legend_takes_more_lines(page):
+    figure = page.sections[2].content[0]
+    many = [report.Key(f"a side with a long name, {i}", report.BLUE) for i in range(6)]
+    root = ElementTree.fromstring(
+        report.standalone(dataclasses.replace(figure, keys=many, panels=figure.panels[:1]))
+    )
+    texts = root.findall("{http://www.w3.org/2000/svg}text")
+    assert len(texts) == 6
+    assert len({text.get("y") for text in texts}) > 1
+    # By the letters' average width; no line may leave the drawing.
+    ends = [float(text.get("x")) + 6.6 * len(text.text) for text in texts]
+    assert max(ends) <= float(root.get("width"))

@@ -32,6 +32,8 @@ __all__ = [
     "PURPLE",
     "VERMILLION",
     "Card",
+    "Code",
+    "Entry",
     "Figure",
     "Items",
     "Key",
@@ -161,6 +163,44 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Code:
+    """A source file, folded until the reader opens it.
+
+    Args:
+        name: the file's.
+        text: all of it.
+        link: a relative address of the file.
+    """
+
+    name: str
+    text: str
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of an index: what stands behind a link, with its picture.
+
+    Args:
+        title: the link's text.
+        link: a relative address.
+        text: a sentence, as in `Section`.
+        badge: a verdict in a word or three.
+        tone: the badge's tone, as in `Card`.
+        note: a line below; text as in `Section`.
+        picture: a relative address of an image, or nothing.
+    """
+
+    title: str
+    link: str
+    text: str
+    badge: str = ""
+    tone: str = "neutral"
+    note: str = ""
+    picture: str = ""
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what stands below it.
 
@@ -169,7 +209,7 @@ class Section:
     """
 
     title: str
-    content: Sequence[str | Items | Table | Figure]
+    content: Sequence[str | Items | Table | Figure | Code | Entry]
 
 
 @dataclass(frozen=True)
@@ -233,7 +273,7 @@ def render(page: Page) -> str:
 
 
 def write(page: Page, path: str | os.PathLike[str], figures: bool = True) -> Path:
-    """Write the page, and each of its figures as `figures/<name>.svg` beside it.
+    """Write the page, and each of its figures as `figures/<name>.svg` and `.pdf` beside it.
 
     Args:
         page: the page.
@@ -250,6 +290,7 @@ def write(page: Page, path: str | os.PathLike[str], figures: bool = True) -> Pat
         folder = path.parent / "figures"
         folder.mkdir(exist_ok=True)
         _replace(folder / f"{figure.name}.svg", standalone(figure))
+        _replace(folder / f"{figure.name}.pdf", _pdf(figure))
     return path
 
 
@@ -260,23 +301,15 @@ def standalone(figure: Figure) -> str:
     columns = min(figure.columns, len(panels))
     cell_width = max(width for width, _ in sizes) + 12
     cell_height = max(height for _, height in sizes) + 12
-    top = 30 if figure.keys else 6
     width = columns * cell_width + 12
+    legend, top = _legend(figure.keys, width)
     height = -(-len(panels) // columns) * cell_height + top
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">',
         '<rect width="100%" height="100%" fill="#ffffff"/>',
+        *legend,
     ]
-    x = 14.0
-    for key in figure.keys:
-        dash = ' stroke-dasharray="5 3"' if key.dashed else ""
-        parts.append(
-            f'<path d="M{x:g} 18h24" stroke="{key.color}" stroke-width="2.5"{dash}/>'
-            f'<text x="{x + 30:g}" y="22" font-size="12" font-family="sans-serif" fill="{_INK}">'
-            f"{html.escape(key.label)}</text>"
-        )
-        x += 58 + 6.6 * len(key.label)
     for index, text in enumerate(panels):
         row, column = divmod(index, columns)
         place = f'x="{12 + column * cell_width:g}" y="{top + row * cell_height:g}"'
@@ -287,6 +320,45 @@ def standalone(figure: Figure) -> str:
         text = re.sub(r'\bheight="[^"]*"', f'height="{h:g}"', text, count=1)
         parts.append(text.replace("<svg ", f"<svg {place} ", 1))
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _legend(keys: Sequence[Key], width: float) -> tuple[list[str], float]:
+    """Elements of a legend in as many lines as it needs, and where it ends."""
+    parts, x, y = [], 14.0, 18.0
+    for key in keys:
+        length = 58 + 6.6 * len(key.label)  # of a letter at this size, on average
+        if x > 14 and x + length - 24 > width:
+            x, y = 14.0, y + 19
+        dash = ' stroke-dasharray="5 3"' if key.dashed else ""
+        parts.append(
+            f'<path d="M{x:g} {y:g}h24" stroke="{key.color}" stroke-width="2.5"{dash}/>'
+            f'<text x="{x + 30:g}" y="{y + 4:g}" font-size="12" font-family="sans-serif" '
+            f'fill="{_INK}">{html.escape(key.label)}</text>'
+        )
+        x += length
+    return parts, y + 12 if keys else 6
+
+
+def _pdf(figure: Figure) -> bytes:
+    """The figure for a paper: a page a panel, each with the legend above it."""
+    from matplotlib.backends.backend_pdf import PdfPages
+    from matplotlib.lines import Line2D
+
+    buffer = io.BytesIO()
+    lines = [
+        Line2D([], [], color=key.color, linestyle="--" if key.dashed else "-")
+        for key in figure.keys
+    ]
+    labels = [key.label for key in figure.keys]
+    with style(), PdfPages(buffer, metadata={"CreationDate": None}) as pages:
+        for canvas in figure.panels:
+            # Everything stays where it is on the page; the legend stands above, and the canvas
+            # grows by it.
+            canvas.set_layout_engine("none")
+            legend = canvas.legend(lines, labels, loc="lower left", bbox_to_anchor=(0, 1))
+            pages.savefig(canvas, bbox_inches="tight", bbox_extra_artists=[legend])
+            legend.remove()
+    return buffer.getvalue()
 
 
 def _figures(page: Page) -> list[Figure]:
@@ -351,9 +423,9 @@ def _anchor(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: str | bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
     os.chmod(name, 0o644)
     os.replace(name, path)

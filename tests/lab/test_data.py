@@ -1,12 +1,15 @@
 import gzip
+import hashlib
 import os
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import MNIST, FashionMNIST
 
-from normally.lab.data import load
+from normally.lab.data import SOURCES, available, load
 
 NAMES = {
     "train-images-idx3-ubyte.gz": (20, 28, 28),
@@ -55,13 +58,42 @@ def test_a_file_cut_short_is_named(tmp_path, monkeypatch):
         load("fashion-mnist")
 
 
-def test_without_the_folder_the_message_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.delenv("NORMALLY_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match="set the environment variable NORMALLY_DATA"):
-        load("fashion-mnist")
+def test_where_the_folder_lacks_it_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("NORMALLY_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="is not in NORMALLY_DATA="):
+    with pytest.raises(FileNotFoundError, match=r"is not in NORMALLY_DATA=.*Unset the variable"):
         load("fashion-mnist")
+    assert not available("fashion-mnist")
+
+
+def test_the_cache_is_used_where_no_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("NORMALLY_DATA", raising=False)
+    monkeypatch.setenv("NORMALLY_CACHE", str(tmp_path))
+    assert not available("mnist")
+    (tmp_path / "mnist").mkdir()
+    for name, shape in NAMES.items():
+        write_idx(tmp_path / "mnist" / name, shape)
+    assert available("mnist")
+    assert load("mnist").description.startswith("MNIST: real handwritten digits")
+
+
+def test_one_data_set_is_not_taken_for_the_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMALLY_DATA", str(tmp_path))
+    for name, shape in NAMES.items():
+        write_idx(tmp_path / name, shape)
+    labels = (tmp_path / "t10k-labels-idx1-ubyte.gz").read_bytes()
+    source = replace(
+        SOURCES["mnist"],
+        md5={**SOURCES["mnist"].md5, "t10k-labels-idx1-ubyte.gz": hashlib.md5(labels).hexdigest()},
+    )
+    monkeypatch.setitem(SOURCES, "mnist", source)
+    assert available("mnist")
+    assert not available("fashion-mnist")
+
+
+def test_the_sums_are_those_that_torchvision_checks():
+    for ours, theirs in (("mnist", MNIST), ("fashion-mnist", FashionMNIST)):
+        assert dict(theirs.resources) == SOURCES[ours].md5
+        assert set(theirs.mirrors) <= set(SOURCES[ours].mirrors)
 
 
 @pytest.mark.skipif(

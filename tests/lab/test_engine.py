@@ -22,13 +22,13 @@ class Log(Progress):
     def __init__(self, stop_at=None):
         self.labels, self.stop_at, self.done = [], stop_at, None
 
-    def begin(self, name, done, total):
+    def begin(self, done, total):
         self.done = (done, total)
 
-    def run(self, label):
+    def run(self, index, label):
         if len(self.labels) == self.stop_at:
             raise KeyboardInterrupt
-        self.labels.append(label)
+        self.labels.append(label.removeprefix("toy: "))
 
 
 def test_every_variant_gets_every_seed_and_whole_seeds_come_first(tmp_path):
@@ -61,7 +61,9 @@ def test_a_killed_process_loses_at_most_the_running_seed(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.lab.toy", str(tmp_path)], cwd=root, env=environment
+        [sys.executable, "-m", "tests.lab.toy", str(tmp_path), "1"],
+        cwd=root,
+        env=environment,
     )
     try:
         deadline = time.monotonic() + 60
@@ -150,6 +152,8 @@ def test_recorded_reads_what_is_there_and_the_page_says_what_is_missing(tmp_path
     ("argument", "message"),
     [
         ({"budget": "huge"}, r"budget must be one of quick. Got budget='huge'"),
+        ({"jobs": 0}, r"jobs must be 1 or more. Got jobs=0"),
+        ({"engine": "dask"}, r"engine must be one of local, ray. Got engine='dask'"),
         ({"seeds": 0}, r"seeds must be 1 or more. Got seeds=0"),
         ({"data": "cifar"}, r"data must be one of digits, fashion-mnist. Got data='cifar'"),
     ],

@@ -1,10 +1,26 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from normally.lab import speed
 from normally.lab.experiments import quickstart
 from normally.lab.fingerprint import fingerprint
 
+ROOT = Path(__file__).parents[2]
 RATE = 0.1
+
+
+def first(x):
+    return x
+
+
+TABLE = {"first": first}
+
+
+def by_table(run):
+    return TABLE["first"](run)
 
 
 def helper(x):
@@ -46,6 +62,19 @@ def test_what_only_shows_does_not_count(monkeypatch):
     assert fingerprint(quickstart.measure, "digits", {}) == before
 
 
+def test_a_table_of_functions_counts_the_same_in_every_process(monkeypatch):
+    def digest(function):
+        monkeypatch.setitem(globals(), "RATE", {"a": function})
+        return fingerprint(measure, "digits", {})
+
+    def make():
+        return lambda: None
+
+    one, other = make(), make()
+    assert one is not other
+    assert digest(one) == digest(other)
+
+
 def test_data_and_settings_count():
     made = {
         fingerprint(measure, data, {"epochs": epochs})
@@ -53,3 +82,14 @@ def test_data_and_settings_count():
         for epochs in (1, 2)
     }
     assert len(made) == 4
+
+
+def test_a_function_in_a_table_counts_by_its_code_and_not_by_its_address(monkeypatch):
+    before = fingerprint(by_table, "digits", {})
+    code = "from tests.lab.test_fingerprint import *; print(fingerprint(by_table, 'digits', {}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == before
+    monkeypatch.setitem(TABLE, "first", helper)
+    assert fingerprint(by_table, "digits", {}) != before

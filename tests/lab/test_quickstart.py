@@ -43,7 +43,7 @@ def test_it_runs_judges_and_makes_a_page(small, tmp_path):
     assert verdict.status == "inconclusive"  # one seed decides nothing
     text = page.read_text("utf-8")
     assert text.count("<figure>") == 4
-    figures = sorted(path.stem for path in (page.parent / "figures").iterdir())
+    figures = sorted(path.stem for path in (page.parent / "figures").glob("*.svg"))
     assert figures == ["gamma-beta", "speed", "train-eval-gap", "training-curves"]
 
 

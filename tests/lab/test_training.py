@@ -88,3 +88,16 @@ def test_the_loss_before_the_update_and_the_accuracy_on_the_way_are_recorded(dat
     model = lenet(8, norm="batch")
     record = fit(model, data, lr=0.3, epochs=range(2), batch_size=64, momentum=0.5)
     assert 0 < record["train_accuracy"][0] < record["train_accuracy"][1] <= 1
+
+
+def test_a_watcher_sees_every_batch_before_its_step():
+    data = load("digits").first(100, 50)
+    torch.manual_seed(0)
+    model, seen = lenet(8), []
+    first = model[0].weight.detach().clone()
+
+    def watch(x, y):
+        seen.append((len(x), len(y), torch.equal(model[0].weight, first)))
+
+    fit(model, data, lr=0.1, epochs=range(2), batch_size=32, watch=watch)
+    assert seen == [(32, 32, True), *[(32, 32, False)] * 5]

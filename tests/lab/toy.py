@@ -1,12 +1,24 @@
 """An experiment that costs nothing; as a script it runs slowly enough to be killed."""
 
 import os
+import signal
 import sys
 import time
 
 from normally.lab import Criterion, Experiment, decide, paired_effect, run
 
 OFFSET = 10.0
+
+
+def measure(run):
+    """Of the module, so that it can be sent to another process."""
+    for _ in run.epochs():
+        time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
+    if os.environ.get("TOY_FAILS") == f"{run.variant}{run.seed}":
+        raise ValueError("the toy is broken")
+    if os.environ.get("TOY_DIES") == f"{run.variant}{run.seed}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"value": run.seed + (OFFSET if run.variant == "b" else 0.0)}
 
 
 def make(variants=("a", "b"), seeds=3):
@@ -22,11 +34,7 @@ def make(variants=("a", "b"), seeds=3):
         budgets={"quick": {"seeds": seeds, "epochs": 2}},
     )
 
-    @experiment.measures
-    def measure(run):
-        for _ in run.epochs():
-            time.sleep(float(os.environ.get("TOY_PAUSE", "0")))
-        return {"value": run.seed + (OFFSET if run.variant == "b" else 0.0)}
+    experiment.measures(measure)
 
     @experiment.judges
     def judge(results):
@@ -44,4 +52,5 @@ def make(variants=("a", "b"), seeds=3):
 
 
 if __name__ == "__main__":
-    run(make(seeds=20), out=sys.argv[1])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
+    run(make(seeds=20), out=sys.argv[1], jobs=int(sys.argv[2]))

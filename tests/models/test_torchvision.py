@@ -18,7 +18,7 @@ QUICK = {
 #: By name: the size of the images. Stochastic depth draws, so part of the last two is not fused.
 REST = {
     "mobilenet_v2": 64, "mnasnet0_5": 64, "regnet_y_400mf": 64, "densenet121": 64, "googlenet": 64,
-    "inception_v3": 96, "vgg11_bn": 32, "convnext_tiny": 64, "swin_t": 64, "vit_b_16": 224,
+    "inception_v3": 299, "vgg11_bn": 32, "convnext_tiny": 64, "swin_t": 64, "vit_b_16": 224,
     "resnext50_32x4d": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64,
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +29,12 @@ def final_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list
 
 
 def tuned(
-    results: Results, variants: Sequence[str], seeds: Sequence[int]
+    results: Results,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    score: Callable[[Results, str, Sequence[int]], list[float]] = final_accuracy,
 ) -> tuple[list[str], list[float]]:
-    """For each seed the variant that did best with the *other* seeds, and its final accuracy.
+    """For each seed the variant that did best with the *other* seeds, and its score.
 
     So a side may choose its learning rate from a grid without being judged by what it was chosen
     for. With one seed alone the choice is its own.
@@ -40,16 +43,25 @@ def tuned(
         results: with what `training.fit` records.
         variants: the same side at each learning rate.
         seeds: for which all variants are there.
+        score: what counts, by seed; more is better.
     """
-    table = np.array([final_accuracy(results, variant, seeds) for variant in variants])
+    table = np.array([score(results, variant, seeds) for variant in variants])
     table = table.reshape(len(variants), len(seeds))
-    chosen, accuracy = [], []
-    for column in range(len(seeds)):
-        others = np.delete(table, column, axis=1) if len(seeds) > 1 else table
-        best = int(others.mean(1).argmax())
-        chosen.append(variants[best])
-        accuracy.append(float(table[best, column]))
-    return chosen, accuracy
+    rows = chosen_by_others(table)
+    return [variants[row] for row in rows], [
+        float(table[row, column]) for column, row in enumerate(rows)
+    ]
+
+
+def chosen_by_others(scores: np.ndarray) -> list[int]:
+    """For each column (a seed) the row whose mean over the other columns is highest.
+
+    >>> chosen_by_others(np.array([[9, 5, 5], [6, 6, 6]]))
+    [1, 0, 0]
+    """
+    columns = range(scores.shape[1])
+    others = [np.delete(scores, c, axis=1) if len(columns) > 1 else scores for c in columns]
+    return [int(table.mean(1).argmax()) for table in others]
 
 
 def section(

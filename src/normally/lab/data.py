@@ -1,8 +1,9 @@
-"""The data sets: scikit-learn's digits, Fashion-MNIST from a local folder, generated noise."""
+"""The data sets: scikit-learn's digits, Fashion-MNIST and MNIST, generated noise."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
 from dataclasses import dataclass, replace
@@ -12,12 +13,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NAMES = ("digits", "fashion-mnist", "generated")
+from .download import Source, complete, fetch, folder
+
+NAMES = ("digits", "fashion-mnist", "mnist", "generated")
+OWN = "own"  # of `lab compare`: the experiment gets them itself
 _FILES = {
     "train_x": "train-images-idx3-ubyte.gz",
     "train_y": "train-labels-idx1-ubyte.gz",
     "test_x": "t10k-images-idx3-ubyte.gz",
     "test_y": "t10k-labels-idx1-ubyte.gz",
+}
+SOURCES = {
+    "fashion-mnist": Source(
+        ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"],
+        {
+            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+        megabytes=31,
+    ),
+    "mnist": Source(
+        [
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "http://yann.lecun.com/exdb/mnist/",
+        ],
+        {
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+        megabytes=12,
+    ),
+}
+_TITLES = {"fashion-mnist": "Fashion-MNIST", "mnist": "MNIST"}
+_CONTENTS = {"fashion-mnist": "real images of clothes", "mnist": "real handwritten digits"}
+# Below NORMALLY_DATA: folders of our name, and torchvision's.
+_FOLDERS = {
+    "fashion-mnist": ("fashion-mnist*", "FashionMNIST/raw"),
+    "mnist": ("mnist*", "MNIST/raw"),
 }
 
 
@@ -44,19 +80,34 @@ class Dataset:
 
 
 def load(name: str) -> Dataset:
-    """The data set of that name.
+    """The data set of that name; Fashion-MNIST and MNIST are downloaded where they are missing.
 
     Raises:
         ValueError: if the name is unknown.
-        FileNotFoundError: if Fashion-MNIST is not where `NORMALLY_DATA` says.
+        FileNotFoundError: if NORMALLY_DATA is set and the data set is not there.
+        ConnectionError: if it cannot be downloaded.
     """
     if name == "digits":
         return _digits()
-    if name == "fashion-mnist":
-        return _fashion_mnist()
     if name == "generated":
         return _generated()
+    if name in SOURCES:
+        root = _local(name) or fetch(name, SOURCES[name])
+        return _images(name, root)
+    if name == OWN:
+        nothing = torch.empty(0)
+        return Dataset(OWN, "as below", nothing, nothing, nothing, nothing)
     raise ValueError(f"lab: data must be one of {', '.join(NAMES)}. Got data={name!r}.")
+
+
+def available(name: str) -> bool:
+    """Whether `load` finds it on this machine, without the network."""
+    if name not in SOURCES:
+        return name in (*NAMES, OWN)
+    try:
+        return _local(name) is not None
+    except FileNotFoundError:
+        return False
 
 
 def _digits() -> Dataset:
@@ -86,30 +137,38 @@ def _generated() -> Dataset:
     return Dataset("generated", description, images[0], labels[0], images[1], labels[1])
 
 
-def _fashion_mnist() -> Dataset:
+def _local(name: str) -> Path | None:
+    """The folder with the files: what NORMALLY_DATA names, else the cache, else None."""
     place = os.environ.get("NORMALLY_DATA")
     if not place:
-        raise FileNotFoundError(
-            "Fashion-MNIST is read from a folder: set the environment variable NORMALLY_DATA to "
-            f"the one with {_FILES['train_x']} and its three companions, or use --data digits."
-        )
-    # The folder itself or one level below it, whatever the collection is called.
-    roots = [Path(place), *sorted(Path(place).glob("fashion-mnist*/"))]
-    root = next((r for r in roots if all((r / f).is_file() for f in _FILES.values())), None)
-    if root is None:
-        raise FileNotFoundError(
-            f"Fashion-MNIST is not in NORMALLY_DATA={place}: it needs {', '.join(_FILES.values())}."
-        )
+        return folder(name) if complete(name, SOURCES[name]) else None
+    below = [root for pattern in _FOLDERS[name] for root in sorted(Path(place).glob(pattern))]
+    for root in [*below, Path(place)]:
+        if all((root / file).is_file() for file in _FILES.values()) and _may_be(name, root):
+            return root
+    raise FileNotFoundError(
+        f"{name} is not in NORMALLY_DATA={place}: it needs {', '.join(_FILES.values())}, there or "
+        f"in a folder {_FOLDERS[name][0].rstrip('*')} below. Unset the variable to download it."
+    )
+
+
+def _may_be(name: str, root: Path) -> bool:
+    """False where the files are another data set's: all of them go by the same file names."""
+    labels = _FILES["test_y"]
+    digest = hashlib.md5((root / labels).read_bytes(), usedforsecurity=False).hexdigest()
+    owner = next((n for n, source in SOURCES.items() if source.md5[labels] == digest), None)
+    return owner in (name, None)
+
+
+def _images(name: str, root: Path) -> Dataset:
     arrays = {part: _read_idx(root / file) for part, file in _FILES.items()}
     train, test = len(arrays["train_x"]), len(arrays["test_x"])
     description = (
-        f"Fashion-MNIST: real images of clothes, 28×28 grey, 10 classes; {train:,} to train, "
+        f"{_TITLES[name]}: {_CONTENTS[name]}, 28×28 grey, 10 classes; {train:,} to train, "
         f"{test:,} to test"
     )
     train_x, test_x = arrays["train_x"][:, None], arrays["test_x"][:, None]
-    return _dataset(
-        "fashion-mnist", description, train_x, test_x, arrays["train_y"], arrays["test_y"]
-    )
+    return _dataset(name, description, train_x, test_x, arrays["train_y"], arrays["test_y"])
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -3,25 +3,28 @@
 out/<name>/<data>-<budget>/runs/<variant>-seed<n>.json    one finished run each
 out/<name>/<data>-<budget>/result.json                    verdict, effects, machine
 out/<name>/<data>-<budget>/report.html, figures/          the page and its figures
+out/<name>/<data>-<budget>/<name>.py, picture.svg         its code; what the index shows of it
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from .. import environment, report
+from .. import report
 from . import data as data_module
 from . import page
-from .experiment import Experiment, Record, Results, Run
-from .fingerprint import fingerprint
+from .experiment import Experiment, Results
+from .plan import Grid, Plan, plan
 from .progress import Progress
-from .storage import Store, write_json
+from .storage import write_json
 from .verdict import Verdict
+from .workers import Cell, Listen, Workers, on_ray, processes, serial
+
+ENGINES = ("local", "ray")
 
 
 def run(
@@ -31,44 +34,116 @@ def run(
     budget: str = "quick",
     seeds: int | None = None,
     out: str | Path = "runs",
+    jobs: int = 1,
+    engine: str = "local",
     progress: Progress | None = None,
 ) -> Results:
     """Measure what is not on disk yet; a stopped run continues where it was.
 
-    Seeds go round outermost, so that a run stopped half-way has whole seeds to compare.
-
     Args:
         experiment: what to run.
-        data: one of the experiment's data sets; None takes its first.
+        data: one of the experiment's data sets; None takes the first that is on this machine.
         budget: one of the experiment's budgets.
         seeds: how many; None takes the budget's number.
         out: the folder of all results.
+        jobs: runs at a time, in processes of one thread each; 1 measures in this process. The
+            numbers are the same. A script that asks for more needs the usual
+            `if __name__ == "__main__":`.
+        engine: "local", or "ray" for a cluster, where `jobs` does not matter.
         progress: is told of every run and epoch.
 
     Raises:
-        ValueError: if data, budget or seeds is not possible.
+        ValueError: if an argument is not possible.
+        RuntimeError: if a run failed; those that ended are kept.
     """
-    settings, data = plan(experiment, budget, seeds), chosen_data(experiment, data)
-    dataset = data_module.load(data)
-    store = _store(experiment, data, budget, settings, Path(out))
-    grid = [(variant, seed) for seed in range(settings["seeds"]) for variant in experiment.variants]
-    records = _stored(store, grid)
-    progress = progress or Progress()
-    machine = environment.sentence(environment.describe())
-    progress.begin(experiment.name, len(records), len(grid))
-    for variant, seed in grid:
-        if (variant, seed) in records:
-            continue
-        progress.run(f"{variant}, seed {seed}")
-        started = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            record = experiment.measure(Run(variant, seed, dataset, settings, progress.epoch))
-        store.save(variant, seed, record, time.perf_counter() - started, machine)
-        # Read back what was written: a resumed run and an uninterrupted one see the same values.
-        records |= _stored(store, [(variant, seed)])
-        progress.finish()
-    return Results(records, dataset, settings, settings["seeds"], store.machines())
+    chosen = plan(experiment, data=data, budget=budget, seeds=seeds, out=out)
+    [(_, results)] = run_all([chosen], jobs=jobs, engine=engine, progress=progress)
+    return results
+
+
+def run_all(
+    plans: Sequence[Plan],
+    *,
+    jobs: int = 1,
+    engine: str = "local",
+    progress: Progress | None = None,
+) -> Iterator[tuple[Plan, Results]]:
+    """Measure several experiments with the same workers; arguments as in `run`.
+
+    Yields:
+        Each plan with its results as soon as its last run has ended.
+    """
+    workers, progress = _workers(jobs, engine), progress or Progress()
+    tasks = [task for chosen in plans for task in _tasks(chosen)]
+    total = sum(len(chosen.grid) for chosen in plans)
+    progress.begin(total - len(tasks), total)
+    left = Counter(id(task.plan) for task in tasks)
+    for chosen in plans:
+        if not left[id(chosen)]:
+            yield chosen, _results(chosen, chosen.grid)
+    failures = []
+    for alone, work in ((False, workers), (True, serial)):
+        group = [task for task in tasks if task.cell.alone == alone]
+        with closing(work([task.cell for task in group], _listener(progress, group))) as outcomes:
+            for index, outcome in outcomes:
+                task = group[index]
+                if outcome.record is None:
+                    failures.append(f"{task.label}\n{outcome.error}")
+                    continue
+                store, cell = task.plan.store, task.cell
+                store.save(
+                    cell.variant, cell.seed, outcome.record, outcome.seconds, outcome.machine
+                )
+                progress.finish(index, task.label)
+                left[id(task.plan)] -= 1
+                if not left[id(task.plan)]:
+                    yield task.plan, _results(task.plan, task.plan.grid)
+    if failures:
+        raise RuntimeError(
+            f"lab: {len(failures)} of {total} runs failed; the others are kept. "
+            "The same command tries again.\n\n" + "\n".join(failures)
+        )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A run that is not on disk yet."""
+
+    plan: Plan
+    cell: Cell
+
+    @property
+    def label(self) -> str:
+        return f"{self.plan.experiment.name}: {self.cell.variant}, seed {self.cell.seed}"
+
+
+def _tasks(chosen: Plan) -> list[_Task]:
+    experiment, stored = chosen.experiment, chosen.stored(chosen.grid)
+    cells = [
+        Cell(
+            experiment.measure,
+            variant,
+            seed,
+            chosen.data,
+            chosen.settings,
+            alone=variant in experiment.alone,
+        )
+        for variant, seed in chosen.grid
+        if (variant, seed) not in stored
+    ]
+    return [_Task(chosen, cell) for cell in cells]
+
+
+def _listener(progress: Progress, tasks: Sequence[_Task]) -> Listen:
+    """From what workers say to what the progress shows."""
+
+    def listen(index: int, done: int, total: int) -> None:
+        if total == 0:
+            progress.run(index, tasks[index].label)
+        else:
+            progress.epoch(index, done, total)
+
+    return listen
 
 
 def recorded(
@@ -80,14 +155,13 @@ def recorded(
     out: str | Path = "runs",
 ) -> Results:
     """The runs on disk, without measuring; arguments as in `run`."""
-    settings, data = plan(experiment, budget, seeds), chosen_data(experiment, data)
-    store = _store(experiment, data, budget, settings, Path(out))
+    chosen = plan(experiment, data=data, budget=budget, seeds=seeds, out=out)
     found = {
-        int(path.stem.rpartition("-seed")[2]) for path in store.folder.glob("runs/*-seed*.json")
+        int(path.stem.rpartition("-seed")[2]) for path in chosen.folder.glob("runs/*-seed*.json")
     }
-    grid = [(variant, seed) for seed in sorted(found) for variant in experiment.variants]
-    records = _stored(store, grid)
-    return Results(records, data_module.load(data), settings, settings["seeds"], store.machines())
+    return _results(
+        chosen, [(variant, seed) for seed in sorted(found) for variant in experiment.variants]
+    )
 
 
 def conclude(
@@ -102,61 +176,48 @@ def conclude(
     Returns:
         The verdict and the page's path.
     """
-    folder = _folder(experiment, results.data.name, budget, Path(out))
+    folder = Plan(experiment, results.data.name, budget, results.budget, Path(out)).folder
     verdict = experiment.judge(results)
+    with report.style():
+        made = page.page(experiment, results, verdict, budget)
+        written = report.write(made, folder / "report.html")
+        picture = page.picture(made)
+    if picture is not None:
+        (folder / "picture.svg").write_text(picture, encoding="utf-8")
+    page.write_source(experiment, folder)
     write_json(
         folder / "result.json",
         {
             "experiment": experiment.name,
+            "title": experiment.title,
             "claim": experiment.claim,
             "data": results.data.name,
             "budget": {"name": budget, **results.budget},
             "runs": len(results.records),
+            "seeds": results.seeds(*experiment.variants),
             "verdict": verdict.as_json(),
             "measured_with": list(results.machines),
         },
     )
-    with report.style():
-        made = page.page(experiment, results, verdict, budget)
-        return verdict, report.write(made, folder / "report.html")
+    return verdict, written
 
 
-def plan(experiment: Experiment, budget: str, seeds: int | None) -> dict[str, Any]:
-    """The budget's settings with this number of seeds; ValueError where they make no sense."""
-    if budget not in experiment.budgets:
-        raise ValueError(
-            f"lab: budget must be one of {', '.join(experiment.budgets)}. Got budget={budget!r}."
-        )
-    settings = dict(experiment.budgets[budget])
-    if seeds is not None:
-        settings["seeds"] = seeds
-    if settings["seeds"] < 1:
-        raise ValueError(f"lab: seeds must be 1 or more. Got seeds={settings['seeds']}.")
-    return settings
+def _workers(jobs: int, engine: str) -> Workers:
+    if engine not in ENGINES:
+        raise ValueError(f"lab: engine must be one of {', '.join(ENGINES)}. Got engine={engine!r}.")
+    if jobs < 1:
+        raise ValueError(f"lab: jobs must be 1 or more. Got jobs={jobs}.")
+    if engine == "ray":
+        return on_ray
+    return serial if jobs == 1 else processes(jobs)
 
 
-def chosen_data(experiment: Experiment, data: str | None) -> str:
-    """The data set's name, the experiment's first for None; ValueError if it may not use it."""
-    name = experiment.data[0] if data is None else data
-    if name not in experiment.data:
-        raise ValueError(
-            f"lab: data must be one of {', '.join(experiment.data)}. "
-            f"Got data={name!r} for {experiment.name}."
-        )
-    return name
-
-
-def _folder(experiment: Experiment, data: str, budget: str, out: Path) -> Path:
-    return out / experiment.name / f"{data}-{budget}"
-
-
-def _store(
-    experiment: Experiment, data: str, budget: str, settings: Mapping[str, Any], out: Path
-) -> Store:
-    digest = fingerprint(experiment.measure, data, settings)
-    return Store(_folder(experiment, data, budget, out), digest)
-
-
-def _stored(store: Store, grid: list[tuple[str, int]]) -> dict[tuple[str, int], Record]:
-    loaded = {(variant, seed): store.load(variant, seed) for variant, seed in grid}
-    return {cell: record for cell, record in loaded.items() if record is not None}
+def _results(chosen: Plan, grid: Grid) -> Results:
+    """Read from disk: a resumed experiment and an uninterrupted one see the same values."""
+    return Results(
+        chosen.stored(grid),
+        data_module.load(chosen.data),
+        chosen.settings,
+        chosen.settings["seeds"],
+        chosen.store.machines(),
+    )

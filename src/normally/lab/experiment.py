@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,10 @@ class Experiment:
         thresholds: what makes the verdict, a line each.
         variants: the sides that are compared; each is run with every seed.
         budgets: for "quick" and "full" at least `seeds`, and what `measure` asks for.
-        data: the data sets it may use, of `lab.data.NAMES`; the first is taken by default.
+        data: the data sets it may use, of `lab.data.NAMES`; the first that is on this machine is
+            taken by default.
+        alone: variants that measure time: nothing else runs beside them.
+        command: that makes it again, where it is not `normally lab run`.
     """
 
     name: str
@@ -82,6 +85,8 @@ class Experiment:
     variants: Sequence[str]
     budgets: Mapping[str, Mapping[str, Any]]
     data: Sequence[str] = ("digits", "fashion-mnist")
+    alone: Collection[str] = ()
+    command: str = ""
     measure: Callable[[Run], Record] = field(init=False, repr=False)
     judge: Callable[[Results], Verdict] = field(init=False, repr=False)
     present: Callable[[Results], tuple[Sequence[Card], Sequence[Section]]] = field(

@@ -9,6 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 
 def curves(
@@ -58,3 +59,20 @@ def intervals(
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(False, axis="y")
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Numbers as they are spoken on a logarithmic axis; call it when its limits are set."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def spread(axes: Axes, place: float, values: Sequence[float], color: str) -> None:
+    """A dot at the median, and a bar from the 5th to the 95th percentile."""
+    low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
+    axes.plot([place, place], [low, high], color=color, linewidth=4, alpha=0.4)
+    axes.plot(place, middle, "o", color=color, markersize=6.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -45,9 +46,18 @@ def _reached(thing: Any, seen: set[int]) -> Iterator[str]:
         for name in names:
             used = place.get(name)
             if isinstance(used, bool | int | float | str | tuple | list | dict):
-                yield f"{name}={used!r}"
-            elif isinstance(used, FunctionType | type) and _package(used) == package:
-                yield from _reached(used, seen)
+                # A function in a table prints its address: another one in every process.
+                yield re.sub(r" at 0x[0-9a-f]+", "", f"{name}={used!r}")
+            for part in _parts(used):
+                if isinstance(part, FunctionType | type) and _package(part) == package:
+                    yield from _reached(part, seen)
+
+
+def _parts(used: Any) -> list[Any]:
+    """The thing itself, or what a table of functions or classes holds."""
+    if isinstance(used, dict):
+        return list(used.values())
+    return list(used) if isinstance(used, tuple | list) else [used]
 
 
 def _places(function: FunctionType, names: list[str]) -> list[dict[str, Any]]:

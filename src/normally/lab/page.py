@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ..report import Items, Page, Section, Table
+import inspect
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from ..report import Code, Figure, Items, Page, Section, Table, standalone
 from .experiment import Experiment, Results
 from .verdict import Effect, Verdict
 
@@ -19,6 +24,9 @@ def page(
     cards, sections = experiment.present(results)
     seeds = results.seeds(*experiment.variants)
     missing = results.planned_seeds - len(seeds)
+    command = experiment.command or (
+        f"normally lab run {experiment.name} --data {results.data.name} --budget {budget}"
+    )
     summary = verdict.sentence
     if missing > 0:
         summary += f" **{missing} of {results.planned_seeds} planned seeds are not finished.**"
@@ -33,12 +41,12 @@ def page(
             *sections,
             _verdict_section(experiment, verdict),
             _protocol_section(experiment, results, seeds),
+            _code_section(experiment),
         ],
         footer=[
             *(f"Measured with {machine}." for machine in results.machines),
-            f"Make it again: `normally lab run {experiment.name} --data {results.data.name} "
-            f"--budget {budget}`. The numbers are in `result.json` and `runs/`, the figures as "
-            "SVG files in `figures/`, beside this page.",
+            f"Make it again: `{command}`. The numbers are in `result.json` and `runs/`, the "
+            "figures as SVG and PDF files in `figures/`, beside this page.",
         ],
     )
 
@@ -91,6 +99,39 @@ def _protocol_section(experiment: Experiment, results: Results, seeds: list[int]
             )
         ],
     )
+
+
+def _code_section(experiment: Experiment) -> Section:
+    name = source_name(experiment)
+    return Section(
+        "Code",
+        [
+            "The whole experiment, protocol and thresholds included, is one file.",
+            Code(name, source(experiment), link=name),
+        ],
+    )
+
+
+def source(experiment: Experiment) -> str:
+    """The text of the experiment's file."""
+    return inspect.getsource(sys.modules[experiment.measure.__module__])
+
+
+def source_name(experiment: Experiment) -> str:
+    """Its file's name."""
+    return f"{experiment.name.replace('-', '_')}.py"
+
+
+def write_source(experiment: Experiment, folder: Path) -> None:
+    """Put the experiment's file beside its page."""
+    (folder / source_name(experiment)).write_text(source(experiment), encoding="utf-8")
+
+
+def picture(page: Page) -> str | None:
+    """The drawing that stands for the experiment: the first panel of the page, as an SVG file."""
+    blocks = (block for section in page.sections for block in section.content)
+    first = next((block for block in blocks if isinstance(block, Figure)), None)
+    return None if first is None else standalone(replace(first, panels=first.panels[:1]))
 
 
 def interval(effect: Effect) -> str:

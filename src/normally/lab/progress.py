@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -16,27 +17,26 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Says nothing; what the engine calls."""
+    """Says nothing; what the engine calls. Runs go by their index, as several go on at once."""
 
-    def begin(self, name: str, done: int, total: int) -> None:
+    def begin(self, done: int, total: int) -> None:
         """`done` of `total` runs are on disk already."""
 
-    def run(self, label: str) -> None:
+    def run(self, index: int, label: str) -> None:
         """A run starts."""
 
-    def epoch(self, done: int, total: int) -> None:
+    def epoch(self, index: int, done: int, total: int) -> None:
         """The run has come so far."""
 
-    def finish(self) -> None:
-        """The run is on disk."""
+    def finish(self, index: int, label: str) -> None:
+        """The run has ended and is on disk."""
 
 
 class Bars(Progress):
-    """Two bars in a terminal; in a file one line a run."""
+    """A bar for all and one for each run on its way; in a file one line a run."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._label = ""
         self._bars = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -49,8 +49,8 @@ class Bars(Progress):
             transient=True,
             disable=not console.is_terminal,
         )
-        self._runs = self._bars.add_task("", unit="runs", total=None)
-        self._epochs = self._bars.add_task("", unit="epochs", total=None)
+        self._all = self._bars.add_task("", unit="runs", total=None)
+        self._runs: dict[int, TaskID] = {}
 
     def __enter__(self) -> Bars:
         self._bars.start()
@@ -64,25 +64,27 @@ class Bars(Progress):
     ) -> None:
         self._bars.stop()
 
-    def begin(self, name: str, done: int, total: int) -> None:
-        """Reset both bars."""
+    def begin(self, done: int, total: int) -> None:
+        """Reset the bar of all."""
         self._done, self._total = done, total
-        self._bars.update(self._runs, description=name, completed=done, total=total)
+        self._bars.update(self._all, description="all", completed=done, total=total)
         if done:
-            self._console.print(f"{name}: {done} of {total} runs are on disk already.")
+            self._console.print(f"{done} of {total} runs are on disk already.")
 
-    def run(self, label: str) -> None:
-        """Restart the epochs' bar."""
-        self._label = label
-        self._bars.reset(self._epochs, description=f"  {label}", total=None)
+    def run(self, index: int, label: str) -> None:
+        """Show one more bar."""
+        self._runs[index] = self._bars.add_task(f"  {label}", unit="epochs", total=None)
 
-    def epoch(self, done: int, total: int) -> None:
-        """Move the epochs' bar."""
-        self._bars.update(self._epochs, completed=done, total=total)
+    def epoch(self, index: int, done: int, total: int) -> None:
+        """Move the run's bar."""
+        if index in self._runs:
+            self._bars.update(self._runs[index], completed=done, total=total)
 
-    def finish(self) -> None:
-        """Move the runs' bar."""
+    def finish(self, index: int, label: str) -> None:
+        """Move the bar of all and take the run's away."""
         self._done += 1
-        self._bars.update(self._runs, completed=self._done)
+        self._bars.update(self._all, completed=self._done)
+        if index in self._runs:
+            self._bars.remove_task(self._runs.pop(index))
         if not self._console.is_terminal:
-            self._console.print(f"  {self._done}/{self._total} {self._label}", highlight=False)
+            self._console.print(f"  {self._done}/{self._total} {label}", highlight=False)

@@ -62,9 +62,11 @@ class Store:
 
     def machines(self) -> list[str]:
         """The machines, settings and versions that the runs were measured with."""
-        contents = [read_json(path) for path in sorted(self.folder.glob("runs/*.json"))]
-        valid = [c for c in contents if c and c.get("fingerprint") == self.fingerprint]
-        return sorted({content["machine"] for content in valid})
+        return sorted({content["machine"] for content in self._all()})
+
+    def seconds(self) -> list[float]:
+        """How long each of the runs took."""
+        return [content["seconds"] for content in self._all()]
 
     def save(
         self, variant: str, seed: int, record: dict[str, Any], seconds: float, machine: str
@@ -81,6 +83,10 @@ class Store:
                 "record": record,
             },
         )
+
+    def _all(self) -> list[dict[str, Any]]:
+        contents = [read_json(path) for path in sorted(self.folder.glob("runs/*.json"))]
+        return [c for c in contents if c and c.get("fingerprint") == self.fingerprint]
 
 
 def _finite(value: Any) -> Any:

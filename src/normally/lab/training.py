@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,9 +35,20 @@ class Score:
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, data: Dataset, batch_size: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Dataset,
+    batch_size: int,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Score:
     """One pass over the training images in random order; the last, smaller batch is left out.
+
+    Args:
+        model: trained in place.
+        optimizer: of its parameters.
+        data: what it learns.
+        batch_size: of every step.
+        watch: is called with the images and labels of each batch before the step that takes it.
 
     Returns:
         The means over the steps, each taken before its update; an infinite loss once it is not
@@ -47,7 +58,10 @@ def train_epoch(
     order = torch.randperm(len(data.train_x))
     scores = []
     for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
-        output, target = model(data.train_x[batch]), data.train_y[batch]
+        images, target = data.train_x[batch], data.train_y[batch]
+        if watch is not None:
+            watch(images, target)
+        output = model(images)
         loss = F.cross_entropy(output, target)
         hits = (output.argmax(1) == target).float().mean().item()
         scores.append(Score(loss.item(), hits))
@@ -70,6 +84,7 @@ def fit(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     batch_statistics: bool = False,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> dict[str, list[float]]:
     """Train with SGD and score the test images after every epoch.
 
@@ -85,6 +100,7 @@ def fit(
         momentum: of SGD.
         weight_decay: of all parameters, as torch's SGD does it.
         batch_statistics: score also with the statistics of each test batch.
+        watch: as in `train_epoch`.
 
     Returns:
         A list with a value an epoch: "train_loss" and "train_accuracy" as met on the way,
@@ -97,7 +113,7 @@ def fit(
     keys = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     record: dict[str, list[float]] = {key: [] for key in (*keys, "batch_loss", "batch_accuracy")}
     for _ in epochs:
-        score = train_epoch(model, optimizer, data, batch_size)
+        score = train_epoch(model, optimizer, data, batch_size, watch)
         record["train_loss"].append(score.loss)
         record["train_accuracy"].append(score.accuracy)
         score = evaluate(model, data.test_x, data.test_y)

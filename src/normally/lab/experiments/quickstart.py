@@ -17,7 +17,7 @@ from torch import nn
 from normally import report
 from normally.lab import speed
 from normally.lab.experiment import Experiment, Record, Results, Run
-from normally.lab.figures import curves
+from normally.lab.figures import curves, spread
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
 from normally.lab.training import fit, one_thread
@@ -63,6 +63,7 @@ EXPERIMENT = Experiment(
         "The claim holds if both hold, and fails if one fails.",
     ],
     variants=[*(f"{side}-lr{rate:g}" for rate in RATES for side in ("norm", "plain")), "speed"],
+    alone=["speed"],
     budgets={
         "quick": {"seeds": 3, "epochs": 20, "batch_size": 64, "timing_seconds": 0.5},
         "full": {"seeds": 15, "epochs": 40, "batch_size": 64, "timing_seconds": 1.0},
@@ -346,10 +347,7 @@ def _parameters_section(results: Results) -> report.Section:
             layers = zip(*results.get(f"norm-lr{rate:g}", key), strict=True)
             for depth, by_seed in enumerate(layers):
                 values = np.concatenate(by_seed)
-                low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
-                place = depth + 0.2 * (offset - 1)
-                axes.plot([place, place], [low, high], color=color, linewidth=4, alpha=0.4)
-                axes.plot(place, middle, "o", color=color, markersize=6.5)
+                spread(axes, depth + 0.2 * (offset - 1), values.tolist(), color)
                 if key == "gamma":
                     counted.append(values)
         axes.set_xticks(range(len(LAYERS)), LAYERS)
