@@ -65,7 +65,12 @@ def chosen_by_others(scores: np.ndarray) -> list[int]:
 
 
 def section(
-    results: Results, title: str, text: str, panels: Sequence[tuple[str, Sequence[Side]]]
+    results: Results,
+    title: str,
+    text: str,
+    panels: Sequence[tuple[str, Sequence[Side]]],
+    *,
+    bottom: float = 0.0,
 ) -> report.Section:
     """Test accuracy by epoch, a panel each, and a table of all sides.
 
@@ -74,6 +79,7 @@ def section(
         title: of the section.
         text: its first paragraph.
         panels: for each its title and its sides; sides of one label share colour and dashes.
+        bottom: where the axis of the accuracy begins, in percent.
     """
     epochs = range(1, results.budget["epochs"] + 1)
     sides = [side for _, group in panels for side in group]
@@ -81,7 +87,7 @@ def section(
     canvases = []
     for heading, group in panels:
         canvas, axes = report.panel("epoch", "test accuracy (%)", heading)
-        axes.set(ylim=(0, 103), xlim=(1, max(len(epochs), 2)))
+        axes.set(ylim=(bottom, 100 + 0.03 * (100 - bottom)), xlim=(1, max(len(epochs), 2)))
         for side in group:
             rows = results.get(side.variant, "test_accuracy", seeds)
             lines = [[100 * value for value in row] for row in rows]
