@@ -22,7 +22,7 @@ from .plan import Grid, Plan, plan
 from .progress import Progress
 from .storage import write_json
 from .verdict import Verdict
-from .workers import Cell, Listen, Workers, on_ray, processes, serial
+from .workers import Cell, Listen, Workers, in_processes, on_ray, serial
 
 ENGINES = ("local", "ray")
 
@@ -209,7 +209,7 @@ def _workers(jobs: int, engine: str) -> Workers:
         raise ValueError(f"lab: jobs must be 1 or more. Got jobs={jobs}.")
     if engine == "ray":
         return on_ray
-    return serial if jobs == 1 else processes(jobs)
+    return serial if jobs == 1 else in_processes(jobs)
 
 
 def _results(chosen: Plan, grid: Grid) -> Results:

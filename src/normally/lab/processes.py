@@ -90,7 +90,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
 def _main(writer: Connection, rank: int, world_size: int, folder: str, call: bytes) -> None:
     """What a process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends all
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may mean nothing
     torch.set_num_threads(1)
@@ -112,7 +112,8 @@ def _main(writer: Connection, rank: int, world_size: int, folder: str, call: byt
     os._exit(0)  # without the group's farewell, which waits for peers that may be gone
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended; for a thread of its own."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a child
     wait([parent.sentinel])

@@ -26,6 +26,7 @@ import torch
 from .. import environment
 from . import data as data_module
 from .experiment import Record, Run
+from .processes import end_with_parent
 from .training import one_thread
 
 
@@ -79,7 +80,7 @@ def serial(cells: Sequence[Cell], listen: Listen) -> Outcomes:
         yield index, perform(cell, functools.partial(listen, index))
 
 
-def processes(jobs: int) -> Workers:
+def in_processes(jobs: int) -> Workers:
     """`jobs` at a time, in processes of their own.
 
     They are killed as soon as the generator is closed or interrupted, and end by themselves when
@@ -163,15 +164,8 @@ def _begin(events: Any) -> None:
     global _events
     _events = events
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     events.put(os.getpid())
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # of a spawned process
-    parent.join()
-    os._exit(1)
 
 
 def _in_worker(index: int, cell: Cell) -> Outcome:
