@@ -163,11 +163,12 @@ def _begin(events: Any) -> None:
     global _events
     _events = events
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     events.put(os.getpid())
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """In a thread of a spawned process: whoever started it may be killed, and it goes, too."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # of a spawned process
     parent.join()

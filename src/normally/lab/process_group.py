@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .workers import end_with_parent
+
 _TIMEOUT = timedelta(seconds=120)
 
 
@@ -90,7 +92,7 @@ def _collect(pipes: list[Connection]) -> list[Any]:
 def _main(writer: Connection, rank: int, world_size: int, folder: str, call: bytes) -> None:
     """What a process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends all
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name may mean nothing
     torch.set_num_threads(1)
@@ -110,10 +112,3 @@ def _main(writer: Connection, rank: int, world_size: int, folder: str, call: byt
     writer.send_bytes(word)
     writer.close()
     os._exit(0)  # without the group's farewell, which waits for peers that may be gone
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a child
-    wait([parent.sentinel])
-    os._exit(1)
