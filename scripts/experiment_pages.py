@@ -79,7 +79,7 @@ def build(results: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def _page(experiment: Experiment, result: dict[str, Any] | None) -> str:
     module = inspect.getmodule(experiment.measure)
-    about = inspect.getdoc(module) or ""
+    about = (inspect.getdoc(module) or "").partition("\n\n")[2]  # its first line is the title again
     parts = [
         f"# {experiment.title}",
         _MADE,

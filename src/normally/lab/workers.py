@@ -26,7 +26,7 @@ import torch
 from .. import environment
 from . import data as data_module
 from .experiment import Record, Run
-from .processes import end_with_parent
+from .process_group import end_with_parent
 from .training import one_thread
 
 

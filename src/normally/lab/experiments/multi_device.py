@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normally
 from normally import report
-from normally.lab import comparison, processes
+from normally.lab import comparison, process_group
 from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
@@ -98,7 +98,7 @@ def measure(run: Run) -> Record:
     if run.variant == "single":
         with one_thread():
             return {"single": _train(run.seed, data, run.epochs(), epochs, False)}
-    found, ways = processes.run(DEVICES, _device, run.seed, data, epochs)[0]
+    found, ways = process_group.run(DEVICES, _device, run.seed, data, epochs)[0]
     with one_thread():
         alone = _way(_model(run.seed, data, False), data)
     for side, way in ways.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from normally.lab import processes
+from normally.lab import process_group
 
 
 def total(rank, value):
@@ -53,14 +53,14 @@ def wait_until(condition, seconds=60.0):
 
 
 def test_every_process_answers_and_they_exchange():
-    found = processes.run(2, total, torch.tensor([1.0, 2.0]))
+    found = process_group.run(2, total, torch.tensor([1.0, 2.0]))
     assert found == [(0, [3.0, 6.0], 1), (1, [3.0, 6.0], 1)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_that_fails_ends_all(tmp_path):
     with pytest.raises(RuntimeError, match=r"(?s)process 1 of 2.*ValueError: of no use"):
-        processes.run(2, fail, str(tmp_path))
+        process_group.run(2, fail, str(tmp_path))
     for file in tmp_path.iterdir():
         assert not alive(int(file.read_text()))
 
@@ -68,7 +68,7 @@ def test_one_that_fails_ends_all(tmp_path):
 def test_one_that_dies_without_a_word_ends_all():
     # The other may be heard first: its barrier fails, because its peer is gone.
     with pytest.raises(RuntimeError, match=r"process [01] of 2"):
-        processes.run(2, die)
+        process_group.run(2, die)
 
 
 @pytest.mark.slow  # a parent and its children import torch one after the other
@@ -76,8 +76,8 @@ def test_one_that_dies_without_a_word_ends_all():
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_none_outlives_its_parent(tmp_path, how):
     code = (
-        "from normally.lab import processes; from tests.lab.test_processes import sleep; "
-        f"processes.run(2, sleep, {str(tmp_path)!r})"
+        "from normally.lab import process_group; from tests.lab.test_process_group import sleep; "
+        f"process_group.run(2, sleep, {str(tmp_path)!r})"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
         try:
