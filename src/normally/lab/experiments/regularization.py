@@ -18,8 +18,10 @@ How much noise there is is measured on the trained network: the logits of every 
 
 Fixed after trial runs (seeds 101 to 104, digits): two hidden layers of 256 units, 384 images, 50
 epochs, the learning rates 0.1 and 0.3. There dropout won 0.4 points over the plain network; the
-noise has to win half of that. Weight decay, which batch normalization is also said to replace in
-part, is not tested.
+noise has to win half of that. With the seeds that decide dropout won nothing in the quick budget,
+so that to be as good as dropout was no feat.
+
+Weight decay, which batch normalization is also said to replace in part, is not tested.
 """
 
 from __future__ import annotations
@@ -184,14 +186,16 @@ def noise(model: nn.Module, images: Tensor, statistics: int, draws: int = 30) ->
 def judge(results: Results) -> Verdict:
     """The three criteria of the thresholds above."""
     gain, dropout, gap = _effects(results)
+    alone = _gain(results, DROPOUT, PLAIN)
     plain = float(np.mean(_gaps(results, PLAIN)))
     norm = float(np.mean(_gaps(results, NORM)))
     return decide(
         [Criterion(gain, NOISE_GAIN), Criterion(dropout, -DROPOUT_MARGIN), Criterion(gap, 0.0)],
         f"With the statistics of the batch of {BATCH} test accuracy is {_points(gain)} than with "
         f"those of all training images, which are without noise, and {_points(dropout)} than that "
-        f"of the plain network with dropout. Training accuracy is {number(norm)} points above test "
-        f"accuracy with batch normalization and {number(plain)} without.",
+        f"of the plain network with dropout, which is itself {_points(alone)} than that without. "
+        f"Training accuracy is {number(norm)} points above test accuracy with batch normalization "
+        f"and {number(plain)} without.",
     )
 
 
@@ -265,7 +269,7 @@ def _section(results: Results) -> report.Section:
         paired_effect("gap", _gaps(results, side), [0.0] * len(seeds), "points")
         for side in NETWORKS
     ]
-    left, axes = report.panel("test accuracy, − plain (points)", "", "Against the plain network")
+    left, axes = report.panel("test accuracy above plain (points)", "", "Against the plain network")
     axes.axvline(0, color=report.GREY, linewidth=1)
     _rows(axes, sides, gains)
     middle, axes = report.panel("training − test accuracy (points)", "", "The gap")
