@@ -19,7 +19,7 @@ from normally import report
 from normally.lab.experiment import Record, Results, Run
 from normally.lab.networks import lenet
 from normally.lab.page import number
-from normally.lab.training import final_scores, fit, one_thread
+from normally.lab.training import final_scores, fit
 
 SOURCE = "Readers' results in the discussion of Dive into Deep Learning, d2l.ai, section 8.5"
 PROTOCOL = (
@@ -66,17 +66,16 @@ def train(run: Run, lr: float, **network: Any) -> Record:
     data = run.data.first(run.budget["train_images"], run.budget["test_images"])
     image_size = data.train_x.shape[-1]
     model = lenet(image_size, activation="sigmoid", padding=2 if image_size < 28 else 0, **network)
-    with one_thread():
-        record = fit(
-            model,
-            data,
-            lr=lr,
-            epochs=run.epochs(),
-            batch_size=run.budget["batch_size"],
-            steps=run.budget["steps"],
-            generator=torch.Generator().manual_seed(run.seed),
-        )
-        return {**record, **final_scores(model, data)}
+    record = fit(
+        model,
+        data,
+        lr=lr,
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+        steps=run.budget["steps"],
+        generator=torch.Generator().manual_seed(run.seed),
+    )
+    return {**record, **final_scores(model, data)}
 
 
 def extent(results: Results) -> str:

@@ -45,7 +45,7 @@ from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import evaluate, one_thread
+from normally.lab.training import evaluate
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 BATCH, MICRO, RATE = 64, 4, 0.3
@@ -100,23 +100,22 @@ EXPERIMENT = Experiment(
 def measure(run: Run) -> Record:
     """The gradient's error, then the training."""
     norm, way, micro = VARIANTS[run.variant]
-    with one_thread():
-        model = lenet(run.data.train_x.shape[-1], norm=norm)
-        record: Record = {"train_loss": [], "test_accuracy": []}
-        if way != "small":
-            record["error"] = gradient_error(model, run.data, way, micro)
-        batch, rate = (micro, RATE * micro / BATCH) if way == "small" else (BATCH, RATE)
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        for epoch in run.epochs():
-            decay = (1 + math.cos(math.pi * epoch / run.budget["epochs"])) / 2
-            optimizer.param_groups[0]["lr"] = rate * decay
-            record["train_loss"].append(_epoch(model, optimizer, run.data, way, micro, batch))
-            score = evaluate(model, run.data.test_x, run.data.test_y)
-            record["test_accuracy"].append(score.accuracy)
-        if norm == "batch":
-            normally.recalibrate(model, run.data.train_x.split(BATCH), progress=False)
-            score = evaluate(model, run.data.test_x, run.data.test_y)
-        record["recalibrated"] = score.accuracy
+    model = lenet(run.data.train_x.shape[-1], norm=norm)
+    record: Record = {"train_loss": [], "test_accuracy": []}
+    if way != "small":
+        record["error"] = gradient_error(model, run.data, way, micro)
+    batch, rate = (micro, RATE * micro / BATCH) if way == "small" else (BATCH, RATE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for epoch in run.epochs():
+        decay = (1 + math.cos(math.pi * epoch / run.budget["epochs"])) / 2
+        optimizer.param_groups[0]["lr"] = rate * decay
+        record["train_loss"].append(_epoch(model, optimizer, run.data, way, micro, batch))
+        score = evaluate(model, run.data.test_x, run.data.test_y)
+        record["test_accuracy"].append(score.accuracy)
+    if norm == "batch":
+        normally.recalibrate(model, run.data.train_x.split(BATCH), progress=False)
+        score = evaluate(model, run.data.test_x, run.data.test_y)
+    record["recalibrated"] = score.accuracy
     return record
 
 

@@ -37,7 +37,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import ALL, lenet
 from normally.lab.page import interval, number
-from normally.lab.training import evaluate, fit, one_thread
+from normally.lab.training import evaluate, fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 BATCHES = (1, 2, 4, 8, 32, 128)
@@ -106,19 +106,18 @@ def measure(run: Run) -> Record:
     norm, positions, _ = SIDES[side]
     data = run.data.first(run.budget["train_images"], run.budget["test_images"])
     model = lenet(data.train_x.shape[-1], norm=norm, positions=positions)
-    with one_thread():
-        try:
-            return fit(model, data, lr=rate * batch, epochs=run.epochs(), batch_size=batch)
-        except ValueError as error:
-            if REFUSED not in str(error):
-                raise
-            untrained = evaluate(model, data.test_x, data.test_y).accuracy
-            return {
-                "train_loss": [None],
-                "test_accuracy": [untrained],
-                "refused": str(error),
-                "torch": _torchs_words(),
-            }
+    try:
+        return fit(model, data, lr=rate * batch, epochs=run.epochs(), batch_size=batch)
+    except ValueError as error:
+        if REFUSED not in str(error):
+            raise
+        untrained = evaluate(model, data.test_x, data.test_y).accuracy
+        return {
+            "train_loss": [None],
+            "test_accuracy": [untrained],
+            "refused": str(error),
+            "torch": _torchs_words(),
+        }
 
 
 def _parts(variant: str) -> tuple[str, int, float]:

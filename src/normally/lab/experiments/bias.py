@@ -26,7 +26,7 @@ from normally.lab import comparison
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 MARGIN, DECADES = 1.5, 4.0
@@ -70,15 +70,14 @@ def measure(run: Run) -> Record:
         for layer in _hidden(model):
             if layer.bias is not None:
                 nn.init.normal_(layer.bias)
-    with one_thread():
-        x, y = run.data.train_x[:batch_size], run.data.train_y[:batch_size]
-        F.cross_entropy(model.train()(x), y).backward()
-        ratios = [
-            _size(layer.bias) / _size(layer.weight)
-            for layer in _hidden(model)
-            if layer.bias is not None
-        ]
-        record = fit(model, run.data, lr=0.3, epochs=run.epochs(), batch_size=batch_size)
+    x, y = run.data.train_x[:batch_size], run.data.train_y[:batch_size]
+    F.cross_entropy(model.train()(x), y).backward()
+    ratios = [
+        _size(layer.bias) / _size(layer.weight)
+        for layer in _hidden(model)
+        if layer.bias is not None
+    ]
+    record = fit(model, run.data, lr=0.3, epochs=run.epochs(), batch_size=batch_size)
     return {**record, "ratios": ratios}
 
 

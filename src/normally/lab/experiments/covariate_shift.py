@@ -46,7 +46,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, plain_ticks
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 if TYPE_CHECKING:
@@ -149,15 +149,14 @@ def measure(run: Run) -> Record:
         count += 1
 
     seen: list[list[Tensor]] = []
-    with one_thread():
-        record = fit(
-            model,
-            run.data,
-            lr=float(rate),
-            epochs=_watched(run, model, seen),
-            batch_size=run.budget["batch_size"],
-            watch=watch,
-        )
+    record = fit(
+        model,
+        run.data,
+        lr=float(rate),
+        epochs=_watched(run, model, seen),
+        batch_size=run.budget["batch_size"],
+        watch=watch,
+    )
     keys = ("train_accuracy", "train_loss", "test_accuracy")
     return {
         **{key: record[key] for key in keys},

@@ -34,7 +34,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import spread
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 LOW, HIGH, NEAR, MOST = 1.0, 2.0, 0.25, 75.0
@@ -105,15 +105,14 @@ def measure(run: Run) -> Record:
                 norm.weight.copy_(4 ** (2 * torch.rand_like(norm.weight) - 1))
                 norm.bias.uniform_(-1, 1)
     before = _parameters(norms)
-    with one_thread():
-        record = fit(
-            model,
-            run.data,
-            lr=1.0,
-            epochs=run.epochs(),
-            batch_size=run.budget["batch_size"],
-            weight_decay=decay,
-        )
+    record = fit(
+        model,
+        run.data,
+        lr=1.0,
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+        weight_decay=decay,
+    )
     return {
         "test_accuracy": record["test_accuracy"],
         "before": before,

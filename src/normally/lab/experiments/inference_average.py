@@ -46,7 +46,7 @@ from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import Score, evaluate, one_thread, train_epoch
+from normally.lab.training import Score, evaluate, train_epoch
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 GAIN, RATE, ENDS = 0.5, 1.0, 5
@@ -94,18 +94,17 @@ def measure(run: Run) -> Record:
     """Train three times and evaluate the same weights with all kinds of statistics."""
     state = torch.get_rng_state()
     record: Record = {"accuracy": {}, "loss": {}, "shift": {}, "scale": {}, "same_weights": True}
-    with one_thread():
-        for name in MOMENTA:
-            torch.set_rng_state(state)
-            models = list(_ends(run, name))
-            if name == "0.1":
-                weights = _weights(models[-1])
-                populations = [_populations(model, run) for model in models]
-                truth = [each["recalibrated"] for each in populations]
-                for kind in POPULATION:
-                    _keep(record, kind, [each[kind] for each in populations], truth, run.data)
-            _keep(record, name, models, truth, run.data)
-            record["same_weights"] &= torch.equal(_weights(models[-1]), weights)
+    for name in MOMENTA:
+        torch.set_rng_state(state)
+        models = list(_ends(run, name))
+        if name == "0.1":
+            weights = _weights(models[-1])
+            populations = [_populations(model, run) for model in models]
+            truth = [each["recalibrated"] for each in populations]
+            for kind in POPULATION:
+                _keep(record, kind, [each[kind] for each in populations], truth, run.data)
+        _keep(record, name, models, truth, run.data)
+        record["same_weights"] &= torch.equal(_weights(models[-1]), weights)
     return record
 
 

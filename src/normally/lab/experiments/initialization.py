@@ -33,7 +33,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -94,14 +94,13 @@ def measure(run: Run) -> Record:
         for layer in layers[:-1] if side == "hidden" else layers:
             layer.weight.mul_(float(scale.removeprefix("x")))
     before = [layer.weight.detach().clone() for layer in layers[:-1]]
-    with one_thread():
-        record = fit(
-            model,
-            run.data,
-            lr=float(rate.removeprefix("lr")),
-            epochs=run.epochs(),
-            batch_size=run.budget["batch_size"],
-        )
+    record = fit(
+        model,
+        run.data,
+        lr=float(rate.removeprefix("lr")),
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+    )
     moved = [
         ((layer.weight.detach() - start).norm() / start.norm()).item()
         for layer, start in zip(layers, before, strict=False)  # the output layer is not asked

@@ -44,7 +44,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, plain_ticks
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 if TYPE_CHECKING:
@@ -136,15 +136,14 @@ def measure(run: Run) -> Record:
             seen["step"].append(count)
         count += 1
 
-    with one_thread():
-        record = fit(
-            model,
-            run.data,
-            lr=float(rate),
-            epochs=run.epochs(),
-            batch_size=run.budget["batch_size"],
-            watch=watch,
-        )
+    record = fit(
+        model,
+        run.data,
+        lr=float(rate),
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+        watch=watch,
+    )
     return {**seen, "test_accuracy": record["test_accuracy"], "train_loss": record["train_loss"]}
 
 

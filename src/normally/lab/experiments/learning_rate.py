@@ -36,7 +36,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import evaluate, one_thread
+from normally.lab.training import evaluate
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 RATES = (0.032, 0.056, 0.1, 0.18, 0.32, 0.56, 1.0, 1.8, 3.2, 5.6, 10.0)
@@ -100,18 +100,17 @@ def measure(run: Run) -> Record:
     model = lenet(data.train_x.shape[-1], norm="batch" if side == "norm" else "none")
     optimizer = torch.optim.SGD(model.parameters(), lr=float(rate))
     accuracies = []
-    with one_thread():
-        for step in range(run.budget["steps"]):
-            if step % (len(data.train_x) // run.budget["batch_size"]) == 0:
-                batches = iter(torch.randperm(len(data.train_x)).split(run.budget["batch_size"]))
-            batch = next(batches)
-            model.train()
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.train_x[batch]), data.train_y[batch]).backward()
-            optimizer.step()
-            if (step + 1) % every == 0:
-                accuracies.append(evaluate(model, data.test_x, data.test_y).accuracy)
-                run.advance(step + 1, run.budget["steps"])
+    for step in range(run.budget["steps"]):
+        if step % (len(data.train_x) // run.budget["batch_size"]) == 0:
+            batches = iter(torch.randperm(len(data.train_x)).split(run.budget["batch_size"]))
+        batch = next(batches)
+        model.train()
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.train_x[batch]), data.train_y[batch]).backward()
+        optimizer.step()
+        if (step + 1) % every == 0:
+            accuracies.append(evaluate(model, data.test_x, data.test_y).accuracy)
+            run.advance(step + 1, run.budget["steps"])
     return {"test_accuracy": accuracies}
 
 

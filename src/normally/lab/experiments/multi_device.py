@@ -44,7 +44,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import evaluate, one_thread
+from normally.lab.training import evaluate
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 DEVICES, IMAGES, RATE, STEPS = 4, 4, 0.1, 5
@@ -96,11 +96,9 @@ def measure(run: Run) -> Record:
     data = replace(data, train_x=data.train_x.double(), test_x=data.test_x.double())
     epochs = run.budget["epochs"]
     if run.variant == "single":
-        with one_thread():
-            return {"single": _train(run.seed, data, run.epochs(), epochs, False)}
+        return {"single": _train(run.seed, data, run.epochs(), epochs, False)}
     found, ways = process_group.run(DEVICES, _device, run.seed, data, epochs)[0]
-    with one_thread():
-        alone = _way(_model(run.seed, data, False), data)
+    alone = _way(_model(run.seed, data, False), data)
     for side, way in ways.items():
         errors = [(a - b).norm() / b.norm() for a, b in zip(way, alone, strict=True)]
         found[side]["errors"] = [float(error.item()) for error in errors]

@@ -36,7 +36,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, intervals
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 if TYPE_CHECKING:
@@ -92,14 +92,13 @@ def measure(run: Run) -> Record:
     """Train one norm at one learning rate."""
     norm, _, rate = run.variant.partition("-lr")
     model = normalized_lenet(run.data.train_x.shape[-1], norm)
-    with one_thread():
-        record = fit(
-            model,
-            run.data,
-            lr=float(rate),
-            epochs=run.epochs(),
-            batch_size=run.budget["batch_size"],
-        )
+    record = fit(
+        model,
+        run.data,
+        lr=float(rate),
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+    )
     return {key: record[key] for key in ("train_loss", "test_loss", "test_accuracy")}
 
 

@@ -27,7 +27,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, intervals
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import final_scores, fit, one_thread
+from normally.lab.training import final_scores, fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 MARGIN = 1.0
@@ -84,15 +84,14 @@ def measure(run: Run) -> Record:
     activation, order, rate = run.variant.split("-")
     data = run.data.first(run.budget["train_images"], run.budget["test_images"])
     model = lenet(data.train_x.shape[-1], activation=activation, after_activation=order == "after")
-    with one_thread():
-        record = fit(
-            model,
-            data,
-            lr=float(rate.removeprefix("lr")),
-            epochs=run.epochs(),
-            batch_size=run.budget["batch_size"],
-        )
-        return {**record, **final_scores(model, data)}
+    record = fit(
+        model,
+        data,
+        lr=float(rate.removeprefix("lr")),
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+    )
+    return {**record, **final_scores(model, data)}
 
 
 @EXPERIMENT.judges

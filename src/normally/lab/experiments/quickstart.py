@@ -20,7 +20,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, spread
 from normally.lab.networks import lenet
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 SMALL, MIDDLE, LARGE = 0.03, 0.3, 2.0
@@ -79,8 +79,7 @@ def measure(run: Run) -> Record:
     """Train one side at one learning rate; "speed" times the layers instead."""
     if run.variant == "speed":
         return speed.measure(run.budget["timing_seconds"])
-    with one_thread():
-        return _train(run)
+    return _train(run)
 
 
 def _train(run: Run) -> Record:

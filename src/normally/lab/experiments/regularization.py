@@ -43,7 +43,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import intervals
 from normally.lab.networks import mlp
 from normally.lab.page import interval, number
-from normally.lab.training import evaluate, final_scores, one_thread
+from normally.lab.training import evaluate, final_scores
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 NOISE_GAIN, DROPOUT_MARGIN, GAP_SHARE = 0.2, 0.5, 0.5
@@ -119,12 +119,11 @@ def measure(run: Run) -> Record:
     model = mlp(data.train_x[0].numel(), WIDTHS, **NETWORKS[side])
     optimizer = torch.optim.SGD(model.parameters(), lr=float(rate))
     order = torch.Generator().manual_seed(run.seed)
-    with one_thread():
-        for _ in run.epochs():
-            train_epoch(model, optimizer, data, STATISTICS[side], order)
-        disturbed = noise(model, data.train_x, STATISTICS[side]) if "norm" in side else 0.0
-        scores = final_scores(model, data)
-        test = evaluate(model, data.test_x, data.test_y)
+    for _ in run.epochs():
+        train_epoch(model, optimizer, data, STATISTICS[side], order)
+    disturbed = noise(model, data.train_x, STATISTICS[side]) if "norm" in side else 0.0
+    scores = final_scores(model, data)
+    test = evaluate(model, data.test_x, data.test_y)
     return {**scores, "test_loss": test.loss, "noise": disturbed}
 
 

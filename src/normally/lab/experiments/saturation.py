@@ -31,7 +31,7 @@ from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import ACTIVATIONS, mlp
 from normally.lab.page import interval, number
-from normally.lab.training import fit, one_thread
+from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 FLAT = 0.1  # of the largest slope
@@ -119,14 +119,13 @@ def measure(run: Run) -> Record:
             yield epoch
         look(run.budget["epochs"])
 
-    with one_thread():
-        curve = fit(
-            model,
-            run.data,
-            lr=float(rate.removeprefix("lr")),
-            epochs=epochs(),
-            batch_size=run.budget["batch_size"],
-        )
+    curve = fit(
+        model,
+        run.data,
+        lr=float(rate.removeprefix("lr")),
+        epochs=epochs(),
+        batch_size=run.budget["batch_size"],
+    )
     return {**record, "test_accuracy": curve["test_accuracy"]}
 
 

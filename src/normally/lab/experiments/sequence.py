@@ -39,7 +39,7 @@ from normally.lab import comparison, sequences
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.page import interval, number
-from normally.lab.training import evaluate, fit, one_thread
+from normally.lab.training import evaluate, fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 if TYPE_CHECKING:
@@ -130,30 +130,29 @@ def measure(run: Run) -> Record:
         model = sequences.Convolutional(data.train_x.shape[-1] - 1, norm, WIDTH["conv"])
     else:
         model = sequences.Recurrent(data.train_x.shape[-1] - 1, norm, WIDTH["gru"], LONGEST)
-    with one_thread():
-        record = fit(
-            model,
-            data,
-            lr=float(rate.removeprefix("lr")),
-            epochs=run.epochs(),
-            batch_size=run.budget["batch_size"],
+    record = fit(
+        model,
+        data,
+        lr=float(rate.removeprefix("lr")),
+        epochs=run.epochs(),
+        batch_size=run.budget["batch_size"],
+    )
+    by_length = []
+    for length in LENGTHS:
+        other = sequences.hidden_images(
+            run.data.first(0, len(run.data.test_x)),
+            1000 * (run.seed + 1) + length,  # none of the sequences of training
+            shortest=length,
+            longest=length,
+            steps=STEPS,
         )
-        by_length = []
-        for length in LENGTHS:
-            other = sequences.hidden_images(
-                run.data.first(0, len(run.data.test_x)),
-                1000 * (run.seed + 1) + length,  # none of the sequences of training
-                shortest=length,
-                longest=length,
-                steps=STEPS,
-            )
-            by_length.append(evaluate(model, other.test_x, other.test_y).accuracy)
-        change = {
-            f"change_{mode}": sequences.padding_dependence(
-                model, data.test_x[:64], STEPS, training=mode == "training"
-            )
-            for mode in ("training", "evaluation")
-        }
+        by_length.append(evaluate(model, other.test_x, other.test_y).accuracy)
+    change = {
+        f"change_{mode}": sequences.padding_dependence(
+            model, data.test_x[:64], STEPS, training=mode == "training"
+        )
+        for mode in ("training", "evaluation")
+    }
     keys = ("train_loss", "test_accuracy")
     return {**{key: record[key] for key in keys}, "by_length": by_length, **change}
 

@@ -52,7 +52,6 @@ from normally.lab.page import interval, number
 from normally.lab.training import (
     evaluate,
     evaluate_with_batch_statistics,
-    one_thread,
     train_epoch,
 )
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
@@ -109,13 +108,12 @@ def measure(run: Run) -> Record:
     model = lenet(run.data.train_x.shape[-1], norm=norm, activation=activation)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     record: Record = {"train_loss": [], **{kind: [] for kind in kinds}}
-    with one_thread():
-        for _ in run.epochs():
-            score = train_epoch(model, optimizer, run.data, run.budget["batch_size"])
-            record["train_loss"].append(score.loss)
-            for kind in kinds:
-                accuracy = _accuracy(model, run.data, kind, run.budget["batch_size"])
-                record[kind].append(accuracy)
+    for _ in run.epochs():
+        score = train_epoch(model, optimizer, run.data, run.budget["batch_size"])
+        record["train_loss"].append(score.loss)
+        for kind in kinds:
+            accuracy = _accuracy(model, run.data, kind, run.budget["batch_size"])
+            record[kind].append(accuracy)
     return record
 
 

@@ -40,7 +40,6 @@ from normally import report
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.page import interval, number
-from normally.lab.training import one_thread
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 CLOSE, STILL, BOUND = 0.9, 0.95, 10.0
@@ -102,11 +101,10 @@ def measure(run: Run) -> Record:
     x = run.data.train_x[: run.budget["batch_size"]].flatten(1).double()
     y = run.data.train_y[: len(x)]
     record: Record = {"std": {}, "gradient": {}}
-    with one_thread():
-        for width in run.budget["widths"]:
-            layers = _walk(x, y, width, run.budget["depth"], run.variant)
-            record["std"][str(width)] = [h.detach().std().item() for h in layers]
-            record["gradient"][str(width)] = [_size(h) for h in layers]
+    for width in run.budget["widths"]:
+        layers = _walk(x, y, width, run.budget["depth"], run.variant)
+        record["std"][str(width)] = [h.detach().std().item() for h in layers]
+        record["gradient"][str(width)] = [_size(h) for h in layers]
     return record
 
 
