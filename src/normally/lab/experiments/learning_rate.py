@@ -255,7 +255,7 @@ def _rates_section(results: Results, seeds: list[int]) -> report.Section:
                     "lowest – highest",
                 ],
                 [_outcome(results, side, seeds) for side in SIDES],
-                "Medians over seeds; best rate: the fastest of the other seeds. The largest rate is "
+                "Medians; best rate: the fastest of the other seeds. The largest rate is "
                 "known to a step of the grid, a factor of 1.8: for one seed the two sides can "
                 "differ by 3.2 or 5.7 times, but by nothing in between.",
             ),
