@@ -100,6 +100,18 @@ def test_lab_run_names_the_run_that_failed_and_keeps_the_others(
     assert "5 of 6 runs are on disk already" in invoke(*arguments).output
 
 
+def test_a_verdict_that_fails_takes_no_other_experiment_with_it(invoke, toys, tmp_path):
+    toys["other"] = toy.make()
+    toys["other"].name = "other"
+    toys["toy"].judges(lambda results: 1 / 0)
+    result = invoke("lab", "run", "--all", "--jobs", 1, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "toy: no verdict." in result.output
+    assert "ZeroDivisionError" in result.output
+    assert "other: holds" in result.output
+    assert (tmp_path / "other" / "digits-quick" / "report.html").is_file()
+
+
 def test_lab_report_without_runs_says_what_to_do(invoke, tmp_path):
     result = invoke("lab", "report", "--out", tmp_path)
     assert result.exit_code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -119,12 +120,16 @@ def _run(console: Console, plans: list[Plan], jobs: int | None, engine_: str, ou
         raise typer.BadParameter(f"lab: engine must be one of {known}. Got engine={engine_!r}.")
     jobs = jobs or _cores()
     _announce_length(console, plans, jobs)
-    pages = []
+    pages: list[Path] = []
+    broken: list[str] = []
     try:
         with Bars(console) as bars:
             running = engine.run_all(plans, jobs=jobs, engine=engine_, progress=bars)
             for plan, results in running:
-                pages.append(_conclude(console, plan, results))
+                try:
+                    pages.append(_conclude(console, plan, results))
+                except Exception:  # a page must not take the runs of the others with it
+                    broken.append(f"{plan.experiment.name}: no verdict.\n{traceback.format_exc()}")
     except KeyboardInterrupt:
         console.print(
             "Stopped. Finished runs are kept: the same command continues, and "
@@ -138,6 +143,9 @@ def _run(console: Console, plans: list[Plan], jobs: int | None, engine_: str, ou
     finally:
         pages += [index.write(out)] if pages else []
     _announce(console, pages)
+    if broken:
+        console.print("\n".join(broken), style="red", markup=False, highlight=False)
+        raise typer.Exit(1)
 
 
 @app.command()
