@@ -10,7 +10,7 @@ from .. import report
 from .comparison import chosen_by_others, tuned
 from .experiment import Results
 from .page import interval, number
-from .verdict import Criterion, Effect, Status, Verdict, paired_effect
+from .verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 _COLORS = (
     report.BLUE,
@@ -31,19 +31,13 @@ def judge(results: Results, margin: float) -> Verdict:
     """One criterion a batch size; the claim holds if one holds."""
     gains = [_gain(results, size) for size in _sizes(results)]
     criteria = [Criterion(effect, margin) for effect, _ in gains]
-    found = {criterion.status for criterion in criteria}
-    status: Status = "inconclusive"
-    if "holds" in found:
-        status = "holds"
-    elif found == {"does not hold"}:
-        status = "does not hold"
     first = _norms(results)[0]
     parts = [
         f"At batch size {size} the best of the others, {best}, ends {number(abs(gain.estimate))} "
         f"points {'above' if gain.estimate >= 0 else 'below'} {first}"
         for size, (gain, best) in zip(_sizes(results), gains, strict=True)
     ]
-    return Verdict(status, ". ".join(parts) + ".", tuple(criteria))
+    return decide(criteria, ". ".join(parts) + ".", one_suffices=True)
 
 
 def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:

@@ -169,12 +169,17 @@ def paired_effect(
     return Effect(name, tuple(map(math.exp, logs)), estimate, low, high, unit, confidence)
 
 
-def decide(criteria: Sequence[Criterion], sentence: str) -> Verdict:
-    """A claim holds when every criterion holds and fails when one of them fails."""
+def decide(criteria: Sequence[Criterion], sentence: str, *, one_suffices: bool = False) -> Verdict:
+    """A claim holds when every criterion holds and fails when one of them fails.
+
+    With `one_suffices` it is the other way round: it holds when one holds, and fails when all fail.
+    """
     found = {criterion.status for criterion in criteria}
+    strong: Status = "holds" if one_suffices else "does not hold"  # one of them is enough
+    weak: Status = "does not hold" if one_suffices else "holds"  # all have to be
     status: Status = "inconclusive"
-    if "does not hold" in found:
-        status = "does not hold"
-    elif found == {"holds"}:
-        status = "holds"
+    if strong in found:
+        status = strong
+    elif found == {weak}:
+        status = weak
     return Verdict(status, sentence, tuple(criteria))
