@@ -155,7 +155,7 @@ def test_recorded_reads_what_is_there_and_the_page_says_what_is_missing(tmp_path
         ({"jobs": 0}, r"jobs must be 1 or more. Got jobs=0"),
         ({"engine": "dask"}, r"engine must be one of local, ray. Got engine='dask'"),
         ({"seeds": 0}, r"seeds must be 1 or more. Got seeds=0"),
-        ({"data": "cifar"}, r"data must be one of digits, fashion-mnist. Got data='cifar'"),
+        ({"data": "cifar"}, r"data must be one of digits, fashion-mnist, mnist. Got data='cifar'"),
     ],
 )
 def test_impossible_arguments_are_refused_before_anything_is_written(tmp_path, argument, message):

@@ -84,7 +84,7 @@ class Experiment:
     thresholds: Sequence[str]
     variants: Sequence[str]
     budgets: Mapping[str, Mapping[str, Any]]
-    data: Sequence[str] = ("digits", "fashion-mnist")
+    data: Sequence[str] = ("digits", "fashion-mnist", "mnist")
     alone: Collection[str] = ()
     command: str = ""
     measure: Callable[[Run], Record] = field(init=False, repr=False)

@@ -67,7 +67,7 @@ EXPERIMENT = Experiment(
     ],
     variants=[row.variant for row in REPORTED],
     budgets={"quick": {**d2l.QUICK, "epochs": 5}, "full": d2l.FULL},
-    data=("fashion-mnist", "digits"),
+    data=("fashion-mnist", "digits", "mnist"),
 )
 
 

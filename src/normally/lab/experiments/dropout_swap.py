@@ -72,7 +72,7 @@ EXPERIMENT = Experiment(
     ],
     variants=list(NETWORKS),
     budgets={"quick": {**d2l.QUICK, "epochs": 8}, "full": d2l.FULL},
-    data=("fashion-mnist", "digits"),
+    data=("fashion-mnist", "digits", "mnist"),
 )
 
 

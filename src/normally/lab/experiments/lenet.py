@@ -66,7 +66,7 @@ EXPERIMENT = Experiment(
     ],
     variants=VARIANTS,
     budgets={"quick": d2l.QUICK, "full": d2l.FULL},
-    data=("fashion-mnist", "digits"),
+    data=("fashion-mnist", "digits", "mnist"),
 )
 
 

@@ -91,7 +91,7 @@ EXPERIMENT = Experiment(
         "quick": {"seeds": 3, "depth": 20, "widths": [16, 64, 256], "batch_size": 256},
         "full": {"seeds": 15, "depth": 20, "widths": [16, 64, 256], "batch_size": 256},
     },
-    data=["generated", "digits", "fashion-mnist"],
+    data=("generated", "digits", "fashion-mnist", "mnist"),
 )
 
 
