@@ -53,7 +53,7 @@ def publish(runs: Path) -> None:
     for name, (_, path, result) in best.items():
         text = json.dumps(result, indent=1, ensure_ascii=False)
         (RESULTS / f"{name}.json").write_text(text + "\n", "utf-8")
-        shutil.copyfile(path.parent / "picture.svg", PICTURES / f"{name}.svg")
+        shutil.copyfile(path.parent / result["figure"], PICTURES / f"{name}.svg")
 
 
 def published() -> dict[str, dict[str, Any]]:

@@ -181,9 +181,9 @@ def conclude(
     with report.style():
         made = page.page(experiment, results, verdict, budget)
         written = report.write(made, folder / "report.html")
-        picture = page.picture(made)
-    if picture is not None:
-        (folder / "picture.svg").write_text(picture, encoding="utf-8")
+        figure = page.first_figure(made)
+        if figure is not None:
+            (folder / "picture.svg").write_text(page.picture(figure), encoding="utf-8")
     page.write_source(experiment, folder)
     write_json(
         folder / "result.json",
@@ -196,6 +196,7 @@ def conclude(
             "runs": len(results.records),
             "seeds": results.seeds(*experiment.variants),
             "verdict": verdict.as_json(),
+            "figure": figure and f"figures/{figure.name}.svg",
             "measured_with": list(results.machines),
         },
     )

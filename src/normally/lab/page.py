@@ -127,11 +127,15 @@ def write_source(experiment: Experiment, folder: Path) -> None:
     (folder / source_name(experiment)).write_text(source(experiment), encoding="utf-8")
 
 
-def picture(page: Page) -> str | None:
-    """The drawing that stands for the experiment: the first panel of the page, as an SVG file."""
+def first_figure(page: Page) -> Figure | None:
+    """The one that shows the claim."""
     blocks = (block for section in page.sections for block in section.content)
-    first = next((block for block in blocks if isinstance(block, Figure)), None)
-    return None if first is None else standalone(replace(first, panels=first.panels[:1]))
+    return next((block for block in blocks if isinstance(block, Figure)), None)
+
+
+def picture(figure: Figure) -> str:
+    """The drawing that stands for it in the index: its first panel, as an SVG file."""
+    return standalone(replace(figure, panels=figure.panels[:1]))
 
 
 def interval(effect: Effect) -> str:
