@@ -78,6 +78,16 @@ class Dataset:
             test_y=self.test_y[:test],
         )
 
+    def few(self, train: int, test: int) -> Dataset:
+        """The first training images; the others of them join the test images, of which so many."""
+        return replace(
+            self,
+            train_x=self.train_x[:train],
+            train_y=self.train_y[:train],
+            test_x=torch.cat([self.train_x[train:], self.test_x])[:test],
+            test_y=torch.cat([self.train_y[train:], self.test_y])[:test],
+        )
+
 
 def load(name: str) -> Dataset:
     """The data set of that name; Fashion-MNIST and MNIST are downloaded where they are missing.

@@ -6,16 +6,18 @@ internal covariate shift". Santurkar et al. tested it in three ways, and so does
 
 - how far the distribution of a layer's inputs moves from one epoch to the next: the earth mover's
   (first Wasserstein) distance of each unit's values on the same images, in units of their spread;
-- what the move does to the layer's task. With W_i the weights of layer i and G_i the gradient of
-  the loss by W_i, let all layers before i take their step, and take the gradient again:
-
-      shift of layer i = ‖G_i(W_1', …, W_{i-1}', W_i, …) - G_i(W_1, …, W_i, …)‖ / ‖G_i‖
-
-  They use the numerator alone. We divide by the length of the gradient, as it differs between the
-  sides, and show the numerator beside it;
+- what the move does to the layer's task: the change of its gradient when the layers before it have
+  taken their step;
 - a network in which the shift is put back: behind each batch normalization the values of each unit
   are multiplied and moved by noise whose mean and spread are drawn anew at every step. If less
   shift is why batch normalization helps, this network must lose the benefit.
+
+With W_i the weights of layer i and G_i the gradient of the loss by W_i, the second is
+
+    shift of layer i = ‖G_i(W_1', …, W_{i-1}', W_i, …) - G_i(W_1, …, W_i, …)‖ / ‖G_i‖
+
+They use the numerator alone. We divide by the length of the gradient, as it differs between the
+sides, and show the numerator beside it.
 
 The claim below is the original one. In the literature it is contested: Santurkar et al. found the
 first measure unimportant, the second not reduced, and the benefit alive under noise. The verdict is
