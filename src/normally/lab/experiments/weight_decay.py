@@ -227,7 +227,7 @@ def _section(results: Results) -> report.Section:
             axes.plot(places, np.median(rows, 1), color=color, linestyle=style, marker="o")
         axes.set_xticks(range(len(DECAYS)), [f"{decay:g}" for decay in DECAYS])
         if key == "weights":
-            axes.set_yscale("log")
+            axes.set(yscale="log", ylim=(1, 100))
         panels.append(canvas)
     return report.Section(
         "Accuracy over the weight decay",
@@ -238,7 +238,8 @@ def _section(results: Results) -> report.Section:
                 "weight-decay",
                 panels,
                 f"Each side and decay at its own learning rate. Line: median of {len(seeds)} "
-                "seeds; band: from the lowest to the highest.",
+                "seeds; band: from the lowest to the highest. At a decay so strong "
+                "that nothing is learnt the weights are 0 and leave the picture.",
                 [
                     report.Key(label, COLORS[side], dashed=side == PLAIN)
                     for side, label in LABELS.items()
@@ -257,7 +258,9 @@ def _numbers(results: Results) -> report.Table:
             sizes = _at_own_rate(results, side, decay, "weights")
             own = [float(name.rpartition("-lr")[2]) for name in names]
             train = 100 * float(np.median(_at_own_rate(results, side, decay, "final_train")))
-            turning = float(np.median(np.array(own) / np.square(sizes)))
+            turning = float(
+                np.median([r / s**2 if s else np.inf for r, s in zip(own, sizes, strict=True)])
+            )
             rows.append(
                 [
                     label,
@@ -266,7 +269,7 @@ def _numbers(results: Results) -> report.Table:
                     f"{train:.1f} %",
                     " or ".join(f"{rate:g}" for rate in sorted(set(own))),
                     number(float(np.median(sizes))),
-                    number(turning),
+                    "infinite" if np.isinf(turning) else number(turning),
                 ]
             )
     return report.Table(
