@@ -15,8 +15,6 @@ from .fingerprint import fingerprint
 from .storage import Store
 
 Grid = list[tuple[str, int]]
-# What the length of a run grows with, of the settings that budgets have.
-_EXTENSIVE = ("epochs", "steps", "images", "train_images")
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,8 @@ def plan(
 def core_seconds(plan: Plan) -> float | None:
     """How long all runs take on one core, from runs on disk; None where there are none.
 
-    Runs of this very plan count first; else those of another budget, in proportion to epochs,
-    steps and images. A guess, to choose between a coffee and a night.
+    Runs of this very plan count first; else those of another budget, in proportion to the images
+    that a run sees. A guess, to choose between a coffee and a night.
     """
     found = plan.store.seconds()
     if found:
@@ -105,10 +103,15 @@ def core_seconds(plan: Plan) -> float | None:
         other = Plan(plan.experiment, plan.data, budget, plan.experiment.budgets[budget], plan.out)
         found = other.store.seconds()
         if found:
-            factor: float = math.prod(
-                plan.settings[key] / other.settings[key]
-                for key in _EXTENSIVE
-                if key in plan.settings and key in other.settings
-            )
+            factor = _images_seen(plan.settings) / _images_seen(other.settings)
             return math.fsum(found) / len(found) * len(plan.grid) * factor
     return None
+
+
+def _images_seen(settings: Mapping[str, Any]) -> float:
+    """By one run, up to a factor that is the same for all budgets of an experiment."""
+    if "steps" in settings:
+        epoch = settings["steps"] * settings.get("batch_size", 1)
+    else:
+        epoch = settings.get("train_images", 1)
+    return float(settings.get("epochs", 1) * epoch)
