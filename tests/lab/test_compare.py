@@ -115,13 +115,29 @@ def test_changed_code_of_the_user_is_another_experiment(mine):
 @pytest.mark.parametrize(
     ("factory", "data", "norms", "message"),
     [
-        ("absent:make", "digits", ["batch"], r"module:function that can be imported.*absent"),
-        ("mine:absent", "digits", ["batch"], r"module:function that can be imported"),
-        ("mine:nothing", "digits", ["batch"], r"mine:nothing must make a torch.nn.Module. Got int"),
-        ("mine:model", "mine:triples", ["batch"], r"must give batches of \(inputs, labels\)"),
-        ("mine:model", "cifar", ["batch"], r"data one of digits"),
-        ("mine:model", "digits", ["group:3"], r"group"),
-        ("mine:model", "digits", ["bach"], r"bach"),
+        ("mine:model", "digits", ["batch"], r"norms must name two or more"),
+        (
+            "absent:make",
+            "digits",
+            ["batch", "none"],
+            r"module:function that can be imported.*absent",
+        ),
+        ("mine:absent", "digits", ["batch", "none"], r"module:function that can be imported"),
+        (
+            "mine:nothing",
+            "digits",
+            ["batch", "none"],
+            r"mine:nothing must make a torch.nn.Module. Got int",
+        ),
+        (
+            "mine:model",
+            "mine:triples",
+            ["batch", "none"],
+            r"must give batches of \(inputs, labels\)",
+        ),
+        ("mine:model", "cifar", ["batch", "none"], r"data one of digits"),
+        ("mine:model", "digits", ["batch", "group:3"], r"group"),
+        ("mine:model", "digits", ["batch", "bach"], r"bach"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(mine, factory, data, norms, message):

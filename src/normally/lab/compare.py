@@ -60,6 +60,11 @@ def make(
     Raises:
         ValueError: if something is not there, or a norm cannot take the place of the model's.
     """
+    if len(set(norms)) < 2 or not batch_sizes or not lrs:
+        raise ValueError(
+            "lab compare: norms must name two or more, batch_sizes and lrs one or more. "
+            f"Got norms={list(norms)}, batch_sizes={list(batch_sizes)}, lrs={list(lrs)}."
+        )
     grid = {
         compare_page.variant(norm, size, lr): {"norm": norm, "batch_size": size, "lr": lr}
         for norm, size, lr in itertools.product(norms, batch_sizes, lrs)
