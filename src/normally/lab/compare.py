@@ -98,7 +98,7 @@ def make(
         thresholds=[
             f"At each batch size: the best of the others, chosen by the other seeds too, ends with "
             f"at least {MARGIN:g} percentage points more test accuracy than {norms[0]}.",
-            "The claim holds if that is so at one batch size, and fails if it fails at all.",
+            "The claim holds if that is so at one batch size, and fails if it fails at every one.",
         ],
         variants=list(grid),
         budgets={"compare": settings},

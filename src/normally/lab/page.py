@@ -85,7 +85,7 @@ def _protocol_section(experiment: Experiment, results: Results, seeds: list[int]
     numbers = ", ".join(
         f"{key.replace('_', ' ')} {value}"
         for key, value in results.budget.items()
-        if key != "seeds"
+        if key != "seeds" and isinstance(value, int | float)
     )
     return Section(
         "Protocol",
