@@ -10,6 +10,7 @@ from normally.lab.training import (
     _batches,
     evaluate,
     evaluate_with_batch_statistics,
+    few,
     fit,
     one_thread,
     train_epoch,
@@ -126,3 +127,11 @@ def test_a_watcher_sees_every_batch_before_its_step():
 
     fit(model, data, lr=0.1, epochs=range(2), batch_size=32, watch=watch)
     assert seen == [(32, 32, True), *[(32, 32, False)] * 5]
+
+
+def test_what_is_not_trained_on_is_tested(data):
+    split = few(data, 384, 2000)
+    assert (len(split.train_x), len(split.test_x)) == (384, 1053 + 360)
+    assert torch.equal(split.test_x[:1053], data.train_x[384:])
+    assert torch.equal(split.test_y[1053:], data.test_y)
+    assert len(few(data, 384, 100).test_x) == 100

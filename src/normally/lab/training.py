@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,17 @@ def fit(
             record["batch_loss"].append(score.loss)
             record["batch_accuracy"].append(score.accuracy)
     return record
+
+
+def few(data: Dataset, train: int, test: int) -> Dataset:
+    """The first training images; all others are test images, the training set's rest first."""
+    return replace(
+        data,
+        train_x=data.train_x[:train],
+        train_y=data.train_y[:train],
+        test_x=torch.cat([data.train_x[train:], data.test_x])[:test],
+        test_y=torch.cat([data.train_y[train:], data.test_y])[:test],
+    )
 
 
 def final_scores(model: nn.Module, data: Dataset) -> dict[str, float]:
