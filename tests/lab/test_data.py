@@ -121,3 +121,12 @@ def test_the_first_images_keep_their_labels_and_their_scale():
     assert torch.equal(part.train_x, data.train_x[:10])
     assert torch.equal(part.train_y, data.train_y[:10])
     assert len(part.test_x) == len(part.test_y) == 360
+
+
+def test_what_is_not_trained_on_is_tested():
+    data = load("digits")
+    split = data.few(384, 2000)
+    assert (len(split.train_x), len(split.test_x)) == (384, 1053 + 360)
+    assert torch.equal(split.test_x[:1053], data.train_x[384:])
+    assert torch.equal(split.test_y[1053:], data.test_y)
+    assert len(data.few(384, 100).test_x) == 100

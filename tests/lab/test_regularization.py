@@ -79,15 +79,6 @@ def test_noise_of_a_known_size():
     assert reg.noise(Mean(), images, 2, draws=100) == pytest.approx(0.25 / 2.25, rel=0.05)
 
 
-def test_what_is_not_trained_on_is_tested():
-    data = load("digits")
-    few = data.few(384, 2000)
-    assert (len(few.train_x), len(few.test_x)) == (384, 1053 + 360)
-    assert torch.equal(few.test_x[:1053], data.train_x[384:])
-    assert torch.equal(few.test_y[1053:], data.test_y)
-    assert len(data.few(384, 100).test_x) == 100
-
-
 def test_it_runs_judges_and_makes_a_page(tmp_path, monkeypatch):
     monkeypatch.setitem(reg.EXPERIMENT.budgets, "quick", {**BUDGET, "seeds": 1})
     experiment = find("regularization")

@@ -11,6 +11,7 @@ from .. import report
 from .experiment import Results
 from .figures import curves
 from .page import number
+from .verdict import Effect
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,16 @@ class Side:
 def final_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list[float]:
     """Test accuracy after the last epoch in percent, by seed."""
     return [100 * row[-1] for row in results.get(variant, "test_accuracy", seeds)]
+
+
+def last_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list[float]:
+    """Test accuracy of the last weights, as `training.final_scores` has it, in percent by seed."""
+    return [100 * value for value in results.get(variant, "final_test", seeds)]
+
+
+def higher(effect: Effect) -> str:
+    """A difference of accuracies within a sentence: "1.2 points lower"."""
+    return f"{number(abs(effect.estimate))} points {'higher' if effect.estimate >= 0 else 'lower'}"
 
 
 def tuned(

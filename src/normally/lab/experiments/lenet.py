@@ -25,6 +25,7 @@ import numpy as np
 
 from normally import report
 from normally.lab import comparison, d2l
+from normally.lab.comparison import higher
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.page import interval, number
@@ -87,7 +88,7 @@ def judge(results: Results) -> Verdict:
     return decide(
         criteria,
         f"Of the claim's three parts: {found}. With batch normalization the training accuracy ends "
-        f"{_points(train)} (reported: 9.2 and 6.8 higher) and the test accuracy {_points(test)} "
+        f"{higher(train)} (reported: 9.2 and 6.8 higher) and the test accuracy {higher(test)} "
         "(reported: 0.2 and 6.6 higher). From epoch to epoch the test accuracy falls by "
         f"{number(bounce.estimate)} points on average with batch normalization, by "
         f"{number(_plain_bounce(results))} without.",
@@ -126,10 +127,6 @@ def falls(accuracy: list[float]) -> float:
 def _plain_bounce(results: Results) -> float:
     rows = results.get(PLAIN, "test_accuracy", results.seeds(*VARIANTS))
     return float(np.mean([falls(row) for row in rows]))
-
-
-def _points(effect: Effect) -> str:
-    return f"{number(abs(effect.estimate))} points {'higher' if effect.estimate >= 0 else 'lower'}"
 
 
 @EXPERIMENT.presents

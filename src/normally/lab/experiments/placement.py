@@ -17,12 +17,11 @@ its thresholds do not either, and all rates are shown.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from normally import report
 from normally.lab import comparison
+from normally.lab.comparison import higher, last_accuracy
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, intervals
 from normally.lab.networks import lenet
@@ -102,25 +101,20 @@ def judge(results: Results) -> Verdict:
         [Criterion(effect, MARGIN) for effect in effects.values()],
         "In front of the activation, each order at its own learning rate, test accuracy is "
         + " and ".join(
-            f"{_points(effect)} with {ACTIVATIONS[name]}" for name, effect in effects.items()
+            f"{higher(effect)} with {ACTIVATIONS[name]}" for name, effect in effects.items()
         )
         + f" than behind it. At the learning rate {max(RATES):g} on both sides it is "
         + " and ".join(
-            f"{_points(_effect(results, name, max(RATES)))} with {label}"
+            f"{higher(_effect(results, name, max(RATES)))} with {label}"
             for name, label in ACTIVATIONS.items()
         )
         + ".",
     )
 
 
-def final_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list[float]:
-    """Recalibrated test accuracy in percent, by seed."""
-    return [100 * value for value in results.get(variant, "final_test", seeds)]
-
-
 def _tuned(results: Results, activation: str, order: str) -> tuple[list[str], list[float]]:
     sides = [f"{activation}-{order}-lr{rate:g}" for rate in RATES]
-    return comparison.tuned(results, sides, results.seeds(*EXPERIMENT.variants), final_accuracy)
+    return comparison.tuned(results, sides, results.seeds(*EXPERIMENT.variants), last_accuracy)
 
 
 def _tuned_effect(results: Results, activation: str) -> Effect:
@@ -132,14 +126,10 @@ def _tuned_effect(results: Results, activation: str) -> Effect:
 def _effect(results: Results, activation: str, rate: float) -> Effect:
     seeds = results.seeds(*EXPERIMENT.variants)
     before, after = (
-        final_accuracy(results, f"{activation}-{order}-lr{rate:g}", seeds) for order in ORDERS
+        last_accuracy(results, f"{activation}-{order}-lr{rate:g}", seeds) for order in ORDERS
     )
     name = f"test accuracy, before − after, {ACTIVATIONS[activation]}, {rate:g}"
     return paired_effect(name, before, after, "points")
-
-
-def _points(effect: Effect) -> str:
-    return f"{number(abs(effect.estimate))} points {'higher' if effect.estimate >= 0 else 'lower'}"
 
 
 @EXPERIMENT.presents
@@ -178,7 +168,7 @@ def _differences(results: Results) -> report.Section:
         panels.append(canvas)
         for order in ORDERS:
             by_rate = [
-                np.mean(final_accuracy(results, f"{activation}-{order}-lr{rate:g}", seeds))
+                np.mean(last_accuracy(results, f"{activation}-{order}-lr{rate:g}", seeds))
                 for rate in RATES
             ]
             own = np.mean(_tuned(results, activation, order)[1])

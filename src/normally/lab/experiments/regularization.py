@@ -21,7 +21,7 @@ epochs, the learning rates 0.1 and 0.3. There dropout won 0.4 points over the pl
 noise has to win half of that. With the seeds that decide dropout won nothing in the quick budget,
 so that to be as good as dropout was no feat.
 
-Weight decay, which batch normalization is also said to replace in part, has a test of its own:
+Weight decay, which batch normalization is also said to replace in part, is tested in
 `weight-decay`.
 """
 
@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from normally import report
 from normally.lab import comparison
+from normally.lab.comparison import higher, last_accuracy
 from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import intervals
@@ -179,23 +180,18 @@ def judge(results: Results) -> Verdict:
     norm = float(np.mean(_gaps(results, NORM)))
     return decide(
         [Criterion(gain, NOISE_GAIN), Criterion(dropout, -DROPOUT_MARGIN), Criterion(gap, 0.0)],
-        f"With the statistics of the batch of {BATCH} test accuracy is {_points(gain)} than with "
-        f"those of all training images, which are without noise, and {_points(dropout)} than that "
-        f"of the plain network with dropout, which is itself {_points(alone)} than that without. "
+        f"With the statistics of the batch of {BATCH} test accuracy is {higher(gain)} than with "
+        f"those of all training images, which are without noise, and {higher(dropout)} than that "
+        f"of the plain network with dropout, which is itself {higher(alone)} than that without. "
         f"Training accuracy is {number(norm)} points above test accuracy with batch normalization "
         f"and {number(plain)} without.",
     )
 
 
-def final_accuracy(results: Results, variant: str, seeds: Sequence[int]) -> list[float]:
-    """Test accuracy in percent, by seed."""
-    return [100 * value for value in results.get(variant, "final_test", seeds)]
-
-
 def _tuned(results: Results, side: str) -> tuple[list[str], list[float]]:
     """The variant of the learning rate that the other seeds chose, and its test accuracy."""
     rates = [f"{side}-lr{rate:g}" for rate in RATES]
-    return comparison.tuned(results, rates, results.seeds(*EXPERIMENT.variants), final_accuracy)
+    return comparison.tuned(results, rates, results.seeds(*EXPERIMENT.variants), last_accuracy)
 
 
 def _at_own_rate(results: Results, side: str, key: str) -> list[float]:
@@ -226,10 +222,6 @@ def _effects(results: Results) -> tuple[Effect, Effect, Effect]:
             f"gap with BN − {GAP_SHARE:g} × gap of plain", _gaps(results, NORM), share, "points"
         ),
     )
-
-
-def _points(effect: Effect) -> str:
-    return f"{number(abs(effect.estimate))} points {'higher' if effect.estimate >= 0 else 'lower'}"
 
 
 @EXPERIMENT.presents
@@ -306,7 +298,7 @@ def _table(results: Results, seeds: Sequence[int]) -> report.Table:
     rows = []
     for side, label in LABELS.items():
         accuracies = [
-            f"{np.mean(final_accuracy(results, f'{side}-lr{rate:g}', seeds)):.1f} %"
+            f"{np.mean(last_accuracy(results, f'{side}-lr{rate:g}', seeds)):.1f} %"
             for rate in RATES
         ]
         own = float(np.mean(_tuned(results, side)[1]))
