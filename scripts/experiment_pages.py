@@ -29,11 +29,12 @@ _INDEX = """# Experiments
 
 {made}
 
-What is said about batch normalization, claim by claim, each with a test whose thresholds were
-fixed before it ran. `normally lab run NAME` repeats one on your machine, and `normally lab run
---all` all of them: see [the lab](../guide/lab.md). A claim *holds* or *does not hold* only when the
-whole 95 % bootstrap interval over seeds lies on one side of its threshold; else it is
-*inconclusive*. A page is made from the experiment's file, which is short, and stands at its end.
+What is said about batch normalization, claim by claim, each with a test. Thresholds were fixed
+before the runs; where not (`bias`, `quickstart`), the experiment's text says so. `normally lab
+run NAME` repeats one on your machine, and `normally lab run --all` all of them: see [the
+lab](../guide/lab.md). A claim *holds* or *does not hold* only when the whole 95 % bootstrap
+interval over seeds lies on one side of its threshold; else it is *inconclusive*. A page is made
+from the experiment's file, which is short, and stands at its end.
 
 | experiment | claim | verdict | what was found |
 | --- | --- | --- | --- |

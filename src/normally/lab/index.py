@@ -35,8 +35,8 @@ def write(out: str | Path) -> Path:
     page = report.Page(
         title="What is claimed about normalization, and what was measured",
         eyebrow="normally lab",
-        summary=f"{len(found)} {'claim' if len(found) == 1 else 'claims'}, each with a test whose "
-        "thresholds were fixed before it ran.",
+        summary=f"{len(found)} {'claim' if len(found) == 1 else 'claims'}, each with a test. "
+        "Thresholds were fixed before the runs; where not, the experiment's text says so.",
         cards=counts if len(found) > 1 else [],
         sections=[report.Section("The claims", entries)],
         footer=[
