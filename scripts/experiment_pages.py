@@ -43,11 +43,12 @@ from the experiment's file, which is short, and stands at its end.
 
 def publish(runs: Path) -> None:
     """Take results and pictures from a folder of `normally lab run`."""
+    known = experiments()
     best: dict[str, tuple[int, Path, dict[str, Any]]] = {}
     for path in sorted(runs.glob("*/*/result.json")):
         result = json.loads(path.read_text("utf-8"))
         name = result["experiment"]
-        if name in experiments() and result["runs"] > best.get(name, (0,))[0]:
+        if name in known and result["runs"] > best.get(name, (0,))[0]:
             best[name] = (result["runs"], path, result)
     for folder in (RESULTS, PICTURES):
         folder.mkdir(parents=True, exist_ok=True)

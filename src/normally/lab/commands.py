@@ -210,9 +210,7 @@ def _plans(
     plans = []
     try:
         for experiment in chosen:
-            wanted = data
-            if data is not None and data not in experiment.data and not strict:
-                wanted = None
+            wanted = data if strict or data in experiment.data else None
             made = plan(experiment, data=wanted, budget=budget, seeds=seeds, out=out)
             plans.append(made)
             if made.data != (data or experiment.data[0]):
