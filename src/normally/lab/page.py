@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ..report import Code, Figure, Items, Page, Section, Table, standalone
+from ..report import Card, Code, Figure, Items, Page, Section, Table, standalone
 from .experiment import Experiment, Results
 from .verdict import Effect, Verdict
 
@@ -136,6 +136,11 @@ def first_figure(page: Page) -> Figure | None:
 def picture(figure: Figure) -> str:
     """The drawing that stands for it in the index: its first panel, as an SVG file."""
     return standalone(replace(figure, panels=figure.panels[:1]))
+
+
+def effect_card(label: str, effect: Effect) -> Card:
+    """An effect as a number that matters, with its interval below."""
+    return Card(label, number(effect.estimate, effect.unit), interval(effect))
 
 
 def interval(effect: Effect) -> str:

@@ -24,7 +24,7 @@ from normally import report
 from normally.lab import d2l
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, intervals
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 MARGIN = 2.0
@@ -119,7 +119,7 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     for variant in ("12", "123", "234", "134"):
         effect = _effect(results, variant)
         label = f"Test accuracy lost {LABELS[variant]}"
-        cards.append(report.Card(label, number(effect.estimate, "points"), interval(effect)))
+        cards.append(effect_card(label, effect))
     return cards, [_losses(results), _training(results)]
 
 

@@ -44,7 +44,7 @@ from normally.lab import comparison
 from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import evaluate
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -247,15 +247,9 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """Curves, then what the gradient says."""
     error, _, together, lost = _effects(results)
     cards = [
-        report.Card("Error of the plain gradient", number(error.estimate), interval(error)),
-        report.Card(
-            "Normalized together: error below 1",
-            number(together.estimate, "decades"),
-            interval(together),
-        ),
-        report.Card(
-            "Test accuracy, large − plain", number(lost.estimate, "points"), interval(lost)
-        ),
+        effect_card("Error of the plain gradient", error),
+        effect_card("Normalized together: error below 1", together),
+        effect_card("Test accuracy, large − plain", lost),
     ]
     layer = [
         comparison.Side("layer-large", SIDES["large"].label, report.BLUE),

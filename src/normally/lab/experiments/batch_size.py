@@ -36,7 +36,7 @@ from normally.lab.comparison import tuned
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import ALL, lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, interval, number
 from normally.lab.training import evaluate, fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -204,11 +204,7 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """Accuracy over the batch size, the table, and the words of the refusal."""
     lost, _, layer, group = _effects(results)
     cards = [
-        report.Card(
-            f"Lost at a batch of {SMALL}, batch − layer norm",
-            number(lost.estimate, "points"),
-            interval(lost),
-        ),
+        effect_card(f"Lost at a batch of {SMALL}, batch − layer norm", lost),
         report.Card(
             "Batch norm at a batch of 1", f"{np.mean(_accuracy(results, 'batch', 1)):.1f} %"
         ),

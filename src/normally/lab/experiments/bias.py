@@ -25,7 +25,7 @@ from normally import report
 from normally.lab import comparison
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -127,14 +127,8 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """Two numbers and the curves."""
     decades, lost, _ = _effects(results)
     cards = [
-        report.Card(
-            "Gradient of the bias below the weight's",
-            number(decades.estimate, "decades"),
-            interval(decades),
-        ),
-        report.Card(
-            "Accuracy without − with bias", number(lost.estimate, "points"), interval(lost)
-        ),
+        effect_card("Gradient of the bias below the weight's", decades),
+        effect_card("Accuracy without − with bias", lost),
     ]
     sides = [
         comparison.Side("with", "with bias", report.VERMILLION, dashed=True),

@@ -47,7 +47,7 @@ from normally.lab import comparison, shift
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, plain_ticks
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, interval, number
 from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -278,10 +278,8 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     moved, shifted = (_larger(results, key, words) for key, words in SHIFTS.items())
     lost, share, _ = _lost(results)
     cards = [
-        report.Card("Inputs move, plain / with BN", number(moved.estimate, "×"), interval(moved)),
-        report.Card(
-            "Gradients shift, plain / with BN", number(shifted.estimate, "×"), interval(shifted)
-        ),
+        effect_card("Inputs move, plain / with BN", moved),
+        effect_card("Gradients shift, plain / with BN", shifted),
         report.Card(
             "Of BN's gain in training accuracy, lost with noise",
             f"{share:.0%}".replace("%", " %"),

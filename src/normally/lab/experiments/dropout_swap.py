@@ -26,7 +26,7 @@ from normally import report
 from normally.lab import d2l
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, intervals
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 # Half of the reported differences, in percentage points.
@@ -112,7 +112,7 @@ def _worse(gain: Effect) -> str:
 def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """The sides on the way and at the end, and what was reported."""
     cards = [
-        report.Card(label, number(effect.estimate, "points"), interval(effect))
+        effect_card(label, effect)
         for label, effect in (
             ("Training accuracy, batch norm − dropout", _effect(results, "train", NORM, SWAP)),
             ("Test accuracy, batch norm − dropout", _effect(results, "test", NORM, SWAP)),

@@ -45,7 +45,7 @@ from normally import report
 from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import Score, evaluate, train_epoch
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -237,11 +237,7 @@ LABELS = {
 def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """Accuracy of the six kinds in four trainings."""
     cards = [
-        report.Card(
-            f"Recalibrated − momentum {over}, {schedule} rate",
-            number(effect.estimate, "points"),
-            interval(effect),
-        )
+        effect_card(f"Recalibrated − momentum {over}, {schedule} rate", effect)
         for schedule, over in (("constant", "0.1"), ("decayed", "0.1"), ("decayed", "0.01"))
         for effect in [gain(results, schedule, over)]
     ]

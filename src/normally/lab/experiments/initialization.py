@@ -32,7 +32,7 @@ from normally.lab import comparison
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -171,17 +171,9 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     seeds = results.seeds(*EXPERIMENT.variants)
     norm, hidden, both = _effects(results, seeds)
     cards = [
-        report.Card(
-            "Worst scale, with batch norm", number(norm.estimate, "points"), interval(norm)
-        ),
-        report.Card(
-            "The same, output layer not scaled", number(hidden.estimate, "points"), interval(hidden)
-        ),
-        report.Card(
-            "What batch norm saves at the worst scale",
-            number(both.estimate, "points"),
-            interval(both),
-        ),
+        effect_card("Worst scale, with batch norm", norm),
+        effect_card("The same, output layer not scaled", hidden),
+        effect_card("What batch norm saves at the worst scale", both),
     ]
     titles = {False: "At the rate that is best at scale 1", True: "At the best rate for each scale"}
     canvases, rows = [], []

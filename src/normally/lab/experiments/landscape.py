@@ -43,7 +43,7 @@ from normally.lab import comparison, smoothness
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, plain_ticks
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, interval, number
 from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -268,11 +268,7 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
             number(tuned["beta"].estimate, "×"),
             interval(tuned["beta"]),
         ),
-        report.Card(
-            "Effective β at equal distance and loss",
-            number(control.estimate, "×"),
-            interval(control),
-        ),
+        effect_card("Effective β at equal distance and loss", control),
     ]
     return cards, [_way_section(results), _control_section(results)]
 

@@ -35,7 +35,7 @@ from normally.lab.comparison import chosen_by_others
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import evaluate
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -197,12 +197,8 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     larger, fewer = _rates_effect(results, seeds), _steps_effect(results, seeds)
     goal = _percent(GOALS[results.data.name])
     cards = [
-        report.Card("Largest rate, with / without", number(larger.estimate, "×"), interval(larger)),
-        report.Card(
-            f"Fewer steps to {goal}, each at its best rate",
-            number(fewer.estimate, "×"),
-            interval(fewer),
-        ),
+        effect_card("Largest rate, with / without", larger),
+        effect_card(f"Fewer steps to {goal}, each at its best rate", fewer),
     ]
     return cards, [_rates_section(results, seeds), _multiples_section(results, seeds)]
 

@@ -28,7 +28,7 @@ from normally.lab import comparison, d2l
 from normally.lab.comparison import higher
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 # The smaller of the two gains in training accuracy that were reported, halved.
@@ -134,17 +134,9 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """Training and test curves, and the readers' numbers beside ours."""
     train, test, bounce = _effects(results)
     cards = [
-        report.Card("Training accuracy gained", number(train.estimate, "points"), interval(train)),
-        report.Card(
-            "Test accuracy gained, against the better rate",
-            number(test.estimate, "points"),
-            interval(test),
-        ),
-        report.Card(
-            "Mean fall of the test accuracy an epoch, with BN",
-            number(bounce.estimate, "points"),
-            interval(bounce),
-        ),
+        effect_card("Training accuracy gained", train),
+        effect_card("Test accuracy gained, against the better rate", test),
+        effect_card("Mean fall of the test accuracy an epoch, with BN", bounce),
         report.Card(
             "The same without", number(_plain_bounce(results), "points"), "learning rate 0.9"
         ),

@@ -35,7 +35,7 @@ from normally.lab import comparison
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, intervals
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -163,8 +163,7 @@ def _effects(results: Results) -> dict[str, Effect]:
 def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """The six differences, and how each norm learns."""
     cards = [
-        report.Card(f"Batch − {OTHERS[norm]}", number(effect.estimate, "points"), interval(effect))
-        for norm, effect in _effects(results).items()
+        effect_card(f"Batch − {OTHERS[norm]}", effect) for norm, effect in _effects(results).items()
     ]
     return cards, [_differences_section(results), _curves_section(results)]
 

@@ -25,7 +25,7 @@ from normally.lab.comparison import higher, last_accuracy
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, intervals
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card
 from normally.lab.training import final_scores, fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -136,7 +136,7 @@ def _effect(results: Results, activation: str, rate: float) -> Effect:
 def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """The difference at every learning rate, and the curves behind it."""
     cards = [
-        report.Card(f"Before − after, {label}", number(effect.estimate, "points"), interval(effect))
+        effect_card(f"Before − after, {label}", effect)
         for label, effect in (
             ("ReLU, tuned rates", _tuned_effect(results, "relu")),
             ("sigmoid, tuned rates", _tuned_effect(results, "sigmoid")),

@@ -19,7 +19,7 @@ from normally.lab import speed
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves, spread
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, interval, number
 from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -158,21 +158,9 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     faster, better = _epochs_effect(results, SMALL), _accuracy_effect(results, LARGE)
     control, layer = _accuracy_effect(results, MIDDLE), speed.ratio(results, 1)
     cards = [
-        report.Card(
-            f"Fewer epochs to {_goal(results)}, learning rate {SMALL:g}",
-            number(faster.estimate, "×"),
-            interval(faster),
-        ),
-        report.Card(
-            f"Accuracy gained, learning rate {LARGE:g}",
-            number(better.estimate, "points"),
-            interval(better),
-        ),
-        report.Card(
-            f"Accuracy gained, learning rate {MIDDLE:g} (control)",
-            number(control.estimate, "points"),
-            interval(control),
-        ),
+        effect_card(f"Fewer epochs to {_goal(results)}, learning rate {SMALL:g}", faster),
+        effect_card(f"Accuracy gained, learning rate {LARGE:g}", better),
+        effect_card(f"Accuracy gained, learning rate {MIDDLE:g} (control)", control),
         report.Card(
             "Our layer's speed against torch's, " + layer.name,
             f"{layer.estimate:.2f} ×",

@@ -43,7 +43,7 @@ from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import intervals
 from normally.lab.networks import mlp
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import evaluate, final_scores
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -230,7 +230,7 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     noisier = _gain(results, NOISY, SILENT)
     gain, dropout, _ = _effects(results)
     cards = [
-        report.Card(label, number(effect.estimate, "points"), interval(effect))
+        effect_card(label, effect)
         for label, effect in (
             (f"Test accuracy won by the noise of a batch of {BATCH}", gain),
             (f"By the noise of groups of {GROUP}", noisier),

@@ -30,7 +30,7 @@ from normally.lab import comparison
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import ACTIVATIONS, mlp
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -276,19 +276,11 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     share, _, vanished, _ = _effects(results, seeds)
     cards = [
         *(
-            report.Card(
-                f"Saturated {name} units, without − with batch norm",
-                number(effect.estimate, "points"),
-                interval(effect),
-            )
+            effect_card(f"Saturated {name} units, without − with batch norm", effect)
             for name, effect in zip(NAMES, share, strict=True)
         ),
         *(
-            report.Card(
-                f"Gradient lost over {DEEP} layers of {name} without batch norm",
-                number(effect.estimate, "×"),
-                interval(effect),
-            )
+            effect_card(f"Gradient lost over {DEEP} layers of {name} without batch norm", effect)
             for name, effect in zip(NAMES, vanished, strict=True)
         ),
     ]

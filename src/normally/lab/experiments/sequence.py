@@ -38,7 +38,7 @@ from normally import report
 from normally.lab import comparison, sequences
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, interval, number
 from normally.lab.training import evaluate, fit
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -284,9 +284,7 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     changed = effects["changed"]
     cards.insert(
         3,
-        report.Card(
-            "Outputs changed by padding, no mask", number(changed.estimate, "%"), interval(changed)
-        ),
+        effect_card("Outputs changed by padding, no mask", changed),
     )
     return cards, [_lengths_section(results), _training_section(results)]
 

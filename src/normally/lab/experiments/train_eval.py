@@ -48,7 +48,7 @@ from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import lenet
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import (
     evaluate,
     evaluate_with_batch_statistics,
@@ -217,7 +217,7 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     """One seed's curves, where the jumps can be seen, then the numbers of all."""
     part, _ = _effects(results)
     cards = [
-        report.Card("Share of the running statistics", number(part.estimate), interval(part)),
+        effect_card("Share of the running statistics", part),
         *(
             report.Card(
                 f"Change an epoch, {LOOKS[kind][0]}",

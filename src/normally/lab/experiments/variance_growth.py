@@ -39,7 +39,7 @@ import normally.nn
 from normally import report
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
 CLOSE, STILL, BOUND = 0.9, 0.95, 10.0
@@ -227,19 +227,9 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     linear, relu = (_gradient_effect(results, n, seeds) for n in ("norm", "relu-norm"))
     depth = results.budget["depth"]
     cards = [
-        report.Card(
-            "Signal without norm, growth a layer / √n", number(unit.estimate, "×"), interval(unit)
-        ),
-        report.Card(
-            f"Gradient over {depth} linear layers with batch norm",
-            number(linear.estimate, "×"),
-            interval(linear),
-        ),
-        report.Card(
-            f"Gradient over {depth} layers with batch norm and ReLU",
-            number(relu.estimate, "×"),
-            interval(relu),
-        ),
+        effect_card("Signal without norm, growth a layer / √n", unit),
+        effect_card(f"Gradient over {depth} linear layers with batch norm", linear),
+        effect_card(f"Gradient over {depth} layers with batch norm and ReLU", relu),
     ]
     return cards, [_forward(results, seeds), _backward(results, seeds)]
 

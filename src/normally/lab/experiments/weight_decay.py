@@ -43,7 +43,7 @@ from normally.lab.data import Dataset
 from normally.lab.experiment import Experiment, Record, Results, Run
 from normally.lab.figures import curves
 from normally.lab.networks import mlp
-from normally.lab.page import interval, number
+from normally.lab.page import effect_card, number
 from normally.lab.training import final_scores, train_epoch
 from normally.lab.verdict import Criterion, Effect, Verdict, decide, paired_effect
 
@@ -234,19 +234,11 @@ def present(results: Results) -> tuple[list[report.Card], list[report.Section]]:
     more = paired_effect("loss", losses[1][1].values, losses[0][1].values, "points")
     cards = [
         *(
-            report.Card(
-                f"Lost with a fifth of the decay, {LABELS[side]}",
-                number(effect.estimate, "points"),
-                interval(effect),
-            )
+            effect_card(f"Lost with a fifth of the decay, {LABELS[side]}", effect)
             for side, effect in losses
         ),
-        report.Card("The second − the first", number(more.estimate, "points"), interval(more)),
-        report.Card(
-            "Gained by decay only in front of the norms",
-            number(front.estimate, "points"),
-            interval(front),
-        ),
+        effect_card("The second − the first", more),
+        effect_card("Gained by decay only in front of the norms", front),
     ]
     return cards, [_section(results)]
 
